@@ -28,8 +28,10 @@ Nothing here prints, parses arguments, moves a tensor to another device or touch
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,13 +113,13 @@ def _mask_of(category: Path, defect: str, stem: str) -> Path | None:
 def split_normal(samples: Sequence, seed: int, held_out: float = 0.2) -> tuple[list, list]:
     """Shuffle normal samples by `seed` and split them into (fit, held-out).
 
-    Each part has two at least: a covariance and a mixture of images both need that many.
-    Raises ValueError for fewer than four. The split is our choice; the paper names none we know.
+    Three at least are to fit, which a Gaussian needs, and two are held out, which mixing needs.
+    Raises ValueError for fewer than five. The split is our choice; the paper names none we know.
     """
-    if len(samples) < 4:
-        raise ValueError(f"{len(samples)} normal image(s) are too few: 4 are needed at the least")
+    if len(samples) < 5:
+        raise ValueError(f"{len(samples)} normal images are too few: 5 are needed at the least")
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    n = min(max(2, round(held_out * len(samples))), len(samples) - 2)
+    n = max(2, round(held_out * len(samples)))
     return [samples[i] for i in order[n:]], [samples[i] for i in order[:n]]
 
 
@@ -238,7 +240,7 @@ def _draw_disc(size: int, defect: str, rng: np.random.Generator) -> tuple[Image.
 # 2. Features: the levels of an ImageNet classifier
 # ------------------------------------------------------------------------------------------------
 
-BACKBONES = tuple(models.list_models(models, ["efficientnet_*", "mobilenet_*", "*resne[tx]t*"]))
+BACKBONES = tuple(models.list_models(models, ["efficientnet_*", "mobilenet_*", "*resne*"]))
 
 
 class FeatureExtractor(nn.Module):
@@ -256,7 +258,8 @@ class FeatureExtractor(nn.Module):
     The network is in evaluation mode always: batch norm keeps its ImageNet statistics, and there
     is no dropout or stochastic depth while fine-tuning (our choice: a Gaussian is fitted on few
     images, and noise in the features would drown in it). Stages past the last level are dropped.
-    Raises ValueError for an unknown backbone, a level out of range, or weights that do not fit.
+    Raises ValueError for an unknown backbone, a level out of range, or weights that do not fit;
+    ConnectionError where the ImageNet weights cannot be downloaded.
     """
 
     def __init__(
@@ -305,7 +308,7 @@ def _classifier(backbone: str, weights: str | Path) -> nn.Module:
         try:
             return models.get_model(backbone, weights="IMAGENET1K_V1")
         except (OSError, RuntimeError) as error:  # no network, or a file that broke on the way
-            raise ValueError(
+            raise ConnectionError(
                 f"cannot download the ImageNet weights of {backbone} ({error}); give the path of "
                 "a state dict as weights, or 'random' to try things out"
             ) from error
@@ -339,7 +342,8 @@ def load_plain(path: str | Path, device: torch.device | str = "cpu") -> dict:
     Raises ValueError, naming the file, where it is missing or anything else than a dict so saved.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's, on files it did not write
+            content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
@@ -443,7 +447,7 @@ class Moments:
             covariance = (b²/d²) m I + (1 - b²/d²) S
 
         Constant features keep the variance (b²/d²) m; where all are constant, the covariance and
-        the shrinkage are 0. Raises ValueError with fewer than two samples.
+        the shrinkage are 0, as the shrinkage is of two samples. Raises ValueError with fewer than two samples.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs two samples at least, not {self.count}")
@@ -469,7 +473,7 @@ def whitening_matrix(covariance: Tensor) -> Tensor:
     """
     factor, info = torch.linalg.cholesky_ex(covariance)
     if info.any() or not factor.isfinite().all():
-        raise ValueError("the covariance is not positive definite: the features do not vary")
+        raise ValueError("the covariance is not positive definite")
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
 
@@ -487,8 +491,17 @@ class Gaussian(nn.Module):
 
     @classmethod
     def fit(cls, moments: Moments) -> Gaussian:
-        """The Gaussian of the samples in `moments`, its covariance shrunk by Ledoit-Wolf."""
+        """The Gaussian of the samples in `moments`, its covariance shrunk by Ledoit-Wolf.
+
+        Raises ValueError for fewer than three samples (of two, y_k y_kᵀ = S, and so the shrinkage
+        is 0 and S singular), and where their spread is no more than float32's rounding.
+        """
+        if moments.count < 3:
+            raise ValueError(f"a Gaussian needs three samples at least, not {moments.count}")
         covariance, _ = moments.ledoit_wolf()
+        variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+        if (variance.sqrt() <= torch.finfo(torch.float32).eps * moments.mean.square().mean(-1).sqrt()).any():
+            raise ValueError("the features do not vary: are the images all the same?")
         return cls(moments.mean, whitening_matrix(covariance))
 
     def distance(self, features: Tensor) -> Tensor:
@@ -524,7 +537,7 @@ class GaussianAD(nn.Module):
     def fit(self, batches: Iterable[Tensor]) -> GaussianAD:
         """Fit the Gaussian of each level to normal images in one pass. Returns self.
 
-        Raises ValueError for fewer than two images, images of several sizes, or features that
+        Raises ValueError for fewer than three images, images of several sizes, or features that
         are not finite or do not vary.
         """
         moments = [Moments() for _ in self.extractor.levels]
@@ -595,28 +608,23 @@ class GaussianAD(nn.Module):
 
 
 def mixup(images: Tensor, alpha: float = 1.0) -> Tensor:
-    """x̃_i = λ x_i + (1 - λ) x_j with λ ~ Beta(α, α) for each image (Zhang et al. 2018, eq. 1)."""
+    """x̃_i = λ x_i + (1 - λ) x_j with λ ~ Beta(α, α) for each image (Zhang et al. 2018)."""
     weight = torch.distributions.Beta(alpha, alpha).sample((len(images), 1, 1, 1))
     return torch.lerp(images.roll(1, 0).float(), images.float(), weight).round().to(images.dtype)
 
 
-def cutout(images: Tensor, side: float = 0.25) -> Tensor:
-    """Blank a square of `side` times the image's at a random place (DeVries and Taylor 2017).
+def cutout(images: Tensor) -> Tensor:
+    """Blank a square at a random place (DeVries and Taylor 2017) with the image's mean colour.
 
-    The centre is anywhere, so that the square may reach over the border, as in the paper; blank is
-    the image's mean colour, where the paper has 0 after normalisation.
+    The paper blanks with 0 after normalisation, which is the mean colour of its data set.
     """
     blank = images.float().mean((-2, -1), keepdim=True).round().to(images.dtype)
-    return torch.where(_boxes(images, torch.full((len(images),), side)), blank, images)
+    return torch.where(_boxes(images), blank, images)
 
 
 def cutmix(images: Tensor) -> Tensor:
-    """Paste a box of another image at the same place, 1 - λ of the area, λ ~ U(0, 1).
-
-    Yun et al. 2019, section 3.1.
-    """
-    side = (1 - torch.rand(len(images))).sqrt()
-    return torch.where(_boxes(images, side), images.roll(1, 0), images)
+    """Paste a square of another image at the same place (Yun et al. 2019)."""
+    return torch.where(_boxes(images), images.roll(1, 0), images)
 
 
 def augmix(images: Tensor) -> Tensor:
@@ -624,12 +632,18 @@ def augmix(images: Tensor) -> Tensor:
     return torch.stack([v2.AugMix()(image) for image in images])
 
 
-def _boxes(images: Tensor, side: Tensor) -> Tensor:
-    """Where a square of relative `side` (B,) about a random centre lies: (B, 1, H, W) bool."""
+def _boxes(images: Tensor) -> Tensor:
+    """Where a square about a random centre lies, cut at the border: (B, 1, H, W) bool.
+
+    Its area is 0.2 to 10 % of the image's, log-uniform. Both papers take larger ones, as they are
+    to make a classifier robust; here those are told from normal images at once, frozen or
+    fine-tuned, and so tell nothing (our choice).
+    """
+    share = torch.empty(len(images), 1).uniform_(math.log(0.002), math.log(0.1)).exp()
     inside = []
     for length in images.shape[-2:]:
         centre = torch.rand(len(images), 1)
-        inside.append(((torch.arange(length) + 0.5) / length - centre).abs() < side[:, None] / 2)
+        inside.append(((torch.arange(length) + 0.5) / length - centre).abs() < share.sqrt() / 2)
     return (inside[0][:, :, None] & inside[1][:, None, :]).unsqueeze(1)
 
 

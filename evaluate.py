@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Score the test images of a category with the detector that train.py saved.
+
+    python evaluate.py --data mvtec/ --category screw
+
+Reads runs/<category>/detector.pt; writes metrics.json and scores.csv beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gaussad import NORMAL, GaussianAD, Images, Sample, atomic_path, auroc, list_samples
+
+# ------------------------------------------------------------------------------------------------
+# What both command lines share
+# ------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong; --help has the rest. Help texts show the defaults."""
+
+    def __init__(self, description: str) -> None:
+        head, _, rest = description.partition("\n")
+        super().__init__(
+            description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def add_common_options(parser: Parser) -> None:
+    """The options of both scripts: data, output, machine."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, help="folder of the categories, in the MVTec AD layout")
+    data.add_argument("--category", help="folder in --data, such as screw")
+    data.add_argument("--out", type=Path, help="folder of the run (default: runs/<category>)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
+                         help="auto is the GPU where there is one (default: auto)")
+    machine.add_argument("--workers", type=number(int, 1, 256), default=2, metavar="N",
+                         help="threads that decode images (default: 2)")
+    machine.add_argument("--batch-size", type=number(int, 1, 4096), default=16, metavar="N",
+                         help="images in a batch (default: 16)")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, computing in full float32: TF32 would drown what scores rest on."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device was found; use --device cpu")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def progress(batches: Iterable[Tensor], total: int, what: str) -> Iterator[Tensor]:
+    """Pass batches on and tell how far they are: live on a terminal, else a line in 30 seconds."""
+    live, start, done = sys.stderr.isatty(), time.perf_counter(), 0
+    told = start
+    for images in batches:
+        yield images
+        done, now = done + len(images), time.perf_counter()
+        if live or now - told > 30:
+            told, rate = now, done / (now - start)
+            line = f"{what} {done}/{total}, {rate:.1f} images/s, {(total - done) / rate:.0f} s left"
+            print(f"\r\033[K{line}" if live else line, end="" if live else "\n", file=sys.stderr,
+                  flush=True)
+    if live:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; what the user can mend ends in one line and exit code 2, not in a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        name = Path(sys.argv[0]).name
+        sys.exit(print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add_common_options(parser)
+    args = parser.parse_args(argv)
+    if args.data is None or args.category is None:
+        parser.error("--data and --category are needed")
+    device = pick_device(args.device)
+    out = args.out or Path("runs") / args.category
+    if not (out / "detector.pt").is_file():
+        raise ValueError(f"no detector.pt in {out}: run train.py first, or name its folder by --out")
+    detector = GaussianAD.load(out / "detector.pt", device)
+    samples = list_samples(args.data, args.category, "test")
+    images = Images([sample.path for sample in samples], detector.image_size[0], args.workers)
+    scores = score(detector, images, args.batch_size, device)
+    metrics = measure(samples, scores) | {"best_epoch": best_epoch(out)}
+    write_scores(out / "scores.csv", samples, scores)
+    with atomic_path(out / "metrics.json") as part:
+        part.write_text(json.dumps(metrics, indent=2) + "\n")
+    print(table(args.category, samples, metrics))
+    print(f"metrics.json and scores.csv are in {out}")
+
+
+@torch.inference_mode()
+def score(detector: GaussianAD, images: Images, batch_size: int, device: torch.device) -> Tensor:
+    """The score of each image, (N,) float64 on the CPU."""
+    batches = progress(images.batches(batch_size), len(images), "scoring")
+    return torch.cat([detector(batch.to(device)).cpu() for batch in batches])
+
+
+def measure(samples: list[Sample], scores: Tensor) -> dict:
+    """AUROC over all test images and of each defect against all normal ones.
+
+    In [0, 1]; None where one of the two classes is missing.
+    """
+    labels = torch.tensor([sample.label for sample in samples])
+    n_anomalous = int(labels.sum())
+    n_normal = len(samples) - n_anomalous
+    per_defect = {}
+    for defect in sorted({sample.defect for sample in samples if sample.label}):
+        chosen = torch.tensor([sample.defect in (NORMAL, defect) for sample in samples])
+        per_defect[defect] = auroc(scores[chosen], labels[chosen]) if n_normal else None
+    return {
+        "image_auroc": auroc(scores, labels) if n_normal and n_anomalous else None,
+        "image_auroc_per_defect": per_defect,
+        "n_normal": n_normal,
+        "n_anomalous": n_anomalous,
+    }
+
+
+def best_epoch(out: Path) -> int | None:
+    """The epoch that train.py chose, from its history.json; None without one."""
+    try:
+        return json.loads((out / "history.json").read_text())["best_epoch"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_scores(path: Path, samples: list[Sample], scores: Tensor) -> None:
+    """One line per image: path, defect, label, score in full precision."""
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "defect", "label", "score"])
+        for sample, value in zip(samples, scores.tolist()):
+            writer.writerow([sample.path.as_posix(), sample.defect, sample.label, value])
+
+
+def table(category: str, samples: list[Sample], metrics: dict) -> str:
+    """The metrics as a table, AUROC in percent."""
+
+    def row(name: str, images: int, value: float | None) -> str:
+        return f"{name:<24} {images:>6} {'-' if value is None else f'{100 * value:.1f}':>11}"
+
+    lines = [f"{category:<24} images  AUROC in %"]
+    for defect, value in metrics["image_auroc_per_defect"].items():
+        lines.append(row(defect, sum(sample.defect == defect for sample in samples), value))
+    lines.append(row("all anomalous", metrics["n_anomalous"], metrics["image_auroc"]))
+    lines.append(row("normal", metrics["n_normal"], None))
+    if metrics["image_auroc"] is None:
+        lines.append("No AUROC: it needs normal (test/good) and anomalous images, both.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,684 @@
+# SPDX-License-Identifier: MIT
+"""Every test: the maths against independent references, the command lines by running them.
+
+    python -m pytest
+
+runs offline on the CPU on drawn data and random weights. With GAUSSAD_DATA (an MVTec AD root with
+screw in it) and GAUSSAD_WEIGHTS (a state dict of mobilenet_v2) it also runs on the real thing.
+"""
+
+import csv
+import json
+import os
+import pickle
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import models
+
+import gaussad
+from gaussad import FeatureExtractor, Gaussian, GaussianAD, Moments
+
+HERE = Path(__file__).parent
+BACKBONE = "mobilenet_v3_small"
+
+
+def random_samples(*shape, condition=1.0, offset=0.0, seed=0):
+    """Samples (..., N, C) whose features have standard deviations from 1 to condition^(-1/2)."""
+    rng = np.random.default_rng(seed)
+    mix, _ = np.linalg.qr(rng.normal(size=(shape[-1], shape[-1])))
+    return offset + rng.normal(size=shape) * np.geomspace(1, condition**-0.5, shape[-1]) @ mix
+
+
+def relative(a, b):
+    return np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b))
+
+
+# ------------------------------------------------------------------------------------------------
+# Gaussian
+# ------------------------------------------------------------------------------------------------
+
+
+def naive_ledoit_wolf(x):
+    """Ledoit and Wolf 2004, section 3.2, term by term with an outer product for each sample."""
+    n, c = x.shape
+    y = x - x.mean(0)
+    s = y.T @ y / n
+    norm2 = lambda a: (a * a).sum() / c
+    m = np.trace(s) / c
+    d2 = norm2(s - m * np.eye(c))
+    b2 = min(d2, sum(norm2(np.outer(row, row) - s) for row in y) / n**2)
+    return b2 / d2 * m * np.eye(c) + (1 - b2 / d2) * s, b2 / d2
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e8])
+@pytest.mark.parametrize("n, c", [(12, 40), (40, 40), (3000, 15), (2, 5)])
+def test_ledoit_wolf_equals_the_paper_and_scikit_learn(n, c, condition):
+    x = random_samples(n, c, condition=condition)
+    covariance, shrinkage = gaussad.ledoit_wolf(torch.tensor(x))
+    expected, expected_shrinkage = naive_ledoit_wolf(x)
+    assert relative(covariance, expected) < 1e-10
+    assert abs(shrinkage.item() - expected_shrinkage) < 1e-10
+    expected, expected_shrinkage = pytest.importorskip("sklearn.covariance").ledoit_wolf(x)
+    assert relative(covariance, expected) < 1e-10
+    assert abs(shrinkage.item() - expected_shrinkage) < 1e-10
+
+
+def test_leading_dimensions_are_independent_gaussians():
+    x = torch.tensor(random_samples(2, 3, 20, 6))
+    covariance, shrinkage = gaussad.ledoit_wolf(x)
+    gaussian = Gaussian.fit(Moments().add(x))
+    distance = gaussian.distance(x.permute(2, 0, 1, 3))
+    assert covariance.shape == (2, 3, 6, 6) and shrinkage.shape == (2, 3)
+    for i, j in np.ndindex(2, 3):
+        one, one_shrinkage = gaussad.ledoit_wolf(x[i, j])
+        assert relative(covariance[i, j], one) < 1e-12
+        assert relative(shrinkage[i, j], one_shrinkage) < 1e-12
+        alone = Gaussian.fit(Moments().add(x[i, j])).distance(x[i, j])
+        assert relative(distance[:, i, j], alone) < 1e-10
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_moments_do_not_depend_on_the_batches(offset):
+    x = torch.tensor(random_samples(2, 97, 10, condition=1e4, offset=offset))
+    x[:, 0] += 30  # an outlier that comes first or last
+    whole, whole_shrinkage = gaussad.ledoit_wolf(x - offset)
+    for cuts in ([1, 2, 50], [96], [5, 90]):
+        parts = np.split(np.arange(97), cuts)
+        for order in (parts, parts[::-1]):
+            moments = Moments()
+            for part in order:
+                moments.add(x[:, part])
+            covariance, shrinkage = moments.ledoit_wolf()
+            assert relative(covariance, whole) < 1e-9
+            assert relative(shrinkage, whole_shrinkage) < 1e-9
+            assert relative(moments.mean, x.mean(1)) < 1e-12
+
+
+def test_samples_that_fit_no_gaussian_are_errors():
+    with pytest.raises(ValueError, match="two samples"):
+        gaussad.ledoit_wolf(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="two samples"):
+        Moments().ledoit_wolf()
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="NaN"):
+            gaussad.ledoit_wolf(torch.tensor([[1.0, 2.0], [bad, 0.0]]))
+    covariance, shrinkage = gaussad.ledoit_wolf(torch.ones(5, 3))
+    assert not covariance.any() and shrinkage == 0
+    for rounding in (0, 3e-8):
+        same = 5 + rounding * torch.randn(5, 3, dtype=torch.float64)
+        with pytest.raises(ValueError, match="do not vary"):
+            Gaussian.fit(Moments().add(same))
+    with pytest.raises(ValueError, match="three samples"):
+        Gaussian.fit(Moments().add(torch.rand(2, 3)))
+    with pytest.raises(ValueError, match="not positive definite"):
+        gaussad.whitening_matrix(torch.ones(2, 2))
+
+
+def test_one_constant_feature_among_others_is_fitted():
+    x = torch.tensor(random_samples(30, 4))
+    x[:, 2] = 7.0
+    assert Gaussian.fit(Moments().add(x)).distance(x).isfinite().all()
+
+
+def test_distance_is_mahalanobis_and_its_gradient_is_finite_at_the_mean():
+    x = random_samples(50, 8, condition=1e4)
+    gaussian = Gaussian.fit(Moments().add(torch.tensor(x)))
+    y = x - x.mean(0)
+    covariance, _ = naive_ledoit_wolf(x)
+    expected = np.sqrt(np.einsum("ni,ij,nj->n", y, np.linalg.inv(covariance), y))
+    assert relative(gaussian.distance(torch.tensor(x)), expected) < 1e-10
+    at_mean = gaussian.mean.clone()[None].requires_grad_()
+    gaussian.distance(at_mean).sum().backward()
+    assert at_mean.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------
+# AUROC
+# ------------------------------------------------------------------------------------------------
+
+
+def test_auroc_counts_pairs_with_ties_as_half():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 6, 60) / 3, rng.random(60) < 0.4
+    pairs = scores[labels][:, None] - scores[~labels][None]
+    expected = ((pairs > 0) + (pairs == 0) / 2).mean()
+    assert gaussad.auroc(torch.tensor(scores), torch.tensor(labels)) == pytest.approx(expected)
+    assert gaussad.auroc(torch.zeros(4), torch.tensor([0, 1, 1, 0])) == 0.5
+
+
+def test_auroc_equals_scikit_learn_on_a_million_tied_scores():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 500, 10**6) / 7, rng.random(10**6) < 0.1
+    expected = metrics.roc_auc_score(labels, scores)
+    assert abs(gaussad.auroc(torch.tensor(scores), torch.tensor(labels)) - expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "scores, labels",
+    [([1.0, 2.0], [1, 1]), ([1.0, 2.0], [0, 0]), ([], []), ([1.0, float("nan")], [0, 1]),
+     ([1.0, 2.0], [0, 2]), ([1.0, 2.0, 3.0], [0, 1])],
+)  # fmt: skip
+def test_auroc_of_what_has_none_is_an_error(scores, labels):
+    with pytest.raises(ValueError, match="AUROC"):
+        gaussad.auroc(torch.tensor(scores), torch.tensor(labels))
+
+
+# ------------------------------------------------------------------------------------------------
+# Features
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "backbone, levels",
+    [
+        ("efficientnet_b0", [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ("efficientnet_v2_s", [1, 2, 3, 4, 5, 6, 7, 8]),
+        ("mobilenet_v2", [2, 4, 7, 11, 14, 17, 18, 19]),
+        ("mobilenet_v3_large", [2, 4, 7, 11, 13, 16, 17]),
+        ("resnet18", [1, 2, 3, 4, 5]),
+        ("wide_resnet50_2", [1, 2, 3, 4, 5]),
+    ],
+)
+def test_default_levels(backbone, levels):
+    with torch.device("meta"):
+        assert FeatureExtractor(backbone, weights="random").levels == levels
+
+
+def normalised(images):
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (images - mean[:, None, None]) / std[:, None, None]
+
+
+@torch.no_grad()
+def test_levels_are_torchvisions_feature_maps():
+    images = torch.rand(2, 3, 64, 64)
+    torch.manual_seed(0)
+    network = models.efficientnet_b0().eval()
+    torch.manual_seed(0)
+    maps = FeatureExtractor("efficientnet_b0", [3, 9], "random")(images)
+    for level, found in zip([3, 9], maps):
+        torch.testing.assert_close(found, network.features[:level](normalised(images)))
+
+
+@torch.no_grad()
+def test_levels_of_a_resnet_are_its_stem_and_stages():
+    torch.manual_seed(0)
+    network, outputs = models.resnet18().eval(), []
+    for module in (network.relu, network.layer1, network.layer2, network.layer3, network.layer4):
+        module.register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
+    images = torch.rand(2, 3, 64, 64)
+    network(normalised(images))
+    torch.manual_seed(0)
+    maps = FeatureExtractor("resnet18", weights="random")(images)
+    assert [m.shape[1] for m in maps] == [64, 64, 128, 256, 512]
+    for found, expected in zip(maps, outputs):
+        torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_bytes_and_floats_are_the_same_image():
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    extractor = FeatureExtractor(BACKBONE, weights="random")
+    for a, b in zip(extractor(images), extractor(images / 255)):
+        torch.testing.assert_close(a, b)
+
+
+def test_batch_norm_keeps_its_statistics():
+    detector = GaussianAD(FeatureExtractor(BACKBONE, [3], "random")).train()
+    before = {k: v.clone() for k, v in detector.state_dict().items() if "running" in k}
+    detector.extractor(torch.rand(4, 3, 64, 64))
+    assert before and all(torch.equal(v, detector.state_dict()[k]) for k, v in before.items())
+
+
+def test_weights_from_a_file_without_classifier(tmp_path):
+    network = models.mobilenet_v3_small()
+    features = {k: v for k, v in network.state_dict().items() if k.startswith("features.")}
+    torch.save(features, tmp_path / "features.pth")
+    extractor = FeatureExtractor(BACKBONE, weights=tmp_path / "features.pth")
+    images = torch.rand(1, 3, 64, 64)
+    expected = network.eval().features(normalised(images))
+    torch.testing.assert_close(extractor(images)[-1], expected)
+    with pytest.raises(ValueError, match="does not hold the weights of mobilenet_v2"):
+        FeatureExtractor("mobilenet_v2", weights=tmp_path / "features.pth")
+
+
+# ------------------------------------------------------------------------------------------------
+# Detector
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    torch.manual_seed(0)
+    images = torch.rand(24, 3, 64, 64)
+    return GaussianAD(FeatureExtractor(BACKBONE, [2, 4, 9], "random")).fit(images.split(5)), images
+
+
+@torch.no_grad()
+def test_score_is_the_sum_of_distances_of_pooled_features(fitted):
+    detector, images = fitted
+    expected = 0
+    for features in detector.extractor(images):
+        x = features.double().mean((2, 3)).numpy()
+        covariance, _ = naive_ledoit_wolf(x)
+        y = x - x.mean(0)
+        expected = expected + np.sqrt(np.einsum("ni,ij,nj->n", y, np.linalg.inv(covariance), y))
+    assert relative(detector(images), expected) < 1e-4  # features are float32
+    assert detector.loss(images).item() == pytest.approx(expected.mean(), rel=1e-4)
+
+
+def test_saved_detector_is_the_same_to_the_bit_and_needs_no_download(fitted, tmp_path):
+    detector, images = fitted
+    detector.save(tmp_path / "detector.pt")
+    generator_state = torch.random.get_rng_state()
+    loaded = GaussianAD.load(tmp_path / "detector.pt")
+    assert torch.equal(torch.random.get_rng_state(), generator_state)
+    assert torch.equal(loaded(images), detector(images))
+    assert all(p.requires_grad for p in loaded.parameters())  # it can be trained on
+    assert [path.name for path in tmp_path.iterdir()] == ["detector.pt"]
+
+
+def test_failed_save_keeps_the_old_file(fitted, tmp_path, monkeypatch):
+    detector, _ = fitted
+    detector.save(tmp_path / "detector.pt")
+    before = (tmp_path / "detector.pt").read_bytes()
+
+    def full_disk(content, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        detector.save(tmp_path / "detector.pt")
+    assert (tmp_path / "detector.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["detector.pt"]
+
+
+def test_loading_runs_no_code(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (tmp_path / "detector.pt").write_bytes(pickle.dumps(Malicious()))
+    torch.save(Malicious(), tmp_path / "weights.pth")
+    for name in ("detector.pt", "weights.pth"):
+        with pytest.raises(ValueError, match=name):
+            GaussianAD.load(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_misuse_of_a_detector_is_an_error(fitted):
+    detector, images = fitted
+    with pytest.raises(ValueError, match="not fitted"):
+        GaussianAD(FeatureExtractor(BACKBONE, [2], "random"))(images)
+    with pytest.raises(ValueError, match="was fitted to"):
+        detector(images[..., :32])
+    with pytest.raises(ValueError, match="several sizes"):
+        GaussianAD(detector.extractor).fit([images, images[..., :32]])
+    for batches in ([], [images[:2]]):
+        with pytest.raises(ValueError, match="three samples"):
+            GaussianAD(detector.extractor).fit(batches)
+    with pytest.raises(ValueError, match="do not vary"):
+        GaussianAD(detector.extractor).fit([images[:1].expand(9, -1, -1, -1)] * 3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Augmentation validator
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """Images of one colour each, so that what came from where can be told."""
+    colour = torch.arange(8, dtype=torch.uint8) * 30
+    return colour[:, None, None, None].expand(8, 3, 64, 64).contiguous()
+
+
+def test_mixup_lies_between_an_image_and_the_one_before(photos):
+    mixed = gaussad.mixup(photos).int()
+    low, high = torch.minimum(photos, photos.roll(1, 0)), torch.maximum(photos, photos.roll(1, 0))
+    assert mixed.shape == photos.shape and (mixed >= low).all() and (mixed <= high).all()
+    assert (mixed.flatten(1).amin(1) == mixed.flatten(1).amax(1)).all()  # one λ for each image
+
+
+def test_cutout_and_cutmix_change_one_square_of_the_stated_area(photos):
+    torch.manual_seed(0)
+    noise = torch.randint(0, 256, (50, 3, 64, 64), dtype=torch.uint8)
+    for augment in (gaussad.cutout, gaussad.cutmix):
+        changed = (augment(noise) != noise).any(1)
+        assert changed.flatten(1).any(1).float().mean() > 0.9  # a few lie across the border
+        for where in changed:
+            rows, columns = where.any(1).sum(), where.any(0).sum()
+            assert rows * columns <= 0.11 * 64 * 64
+    pasted = gaussad.cutmix(photos)
+    assert ((pasted == photos) | (pasted == photos.roll(1, 0))).all()
+
+
+def test_validator_draws_once_from_its_seed_and_leaves_the_generator_alone():
+    images = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    before = torch.random.get_rng_state()
+    one, same, other = (gaussad.AugmentationValidator(images, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert list(one.augmented) == ["mixup", "cutout", "cutmix", "augmix"]
+    for name, augmented in one.augmented.items():
+        assert augmented.dtype == torch.uint8 and augmented.shape == images.shape
+        assert torch.equal(augmented, same.augmented[name])
+        assert not torch.equal(augmented, other.augmented[name])
+    with pytest.raises(ValueError, match="two"):
+        gaussad.AugmentationValidator(images[:1])
+
+
+def test_validator_is_the_auroc_of_normal_against_augmented():
+    metrics = pytest.importorskip("sklearn.metrics")
+    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
+    validator = gaussad.AugmentationValidator(images)
+    score = lambda batch: batch.float().std((1, 2, 3))
+    found = validator(score, batch_size=7)
+    for name, augmented in validator.augmented.items():
+        scores = torch.cat([score(images), score(augmented)])
+        expected = metrics.roc_auc_score([0] * 20 + [1] * 20, scores)
+        assert found[name] == pytest.approx(expected, abs=1e-12)
+    assert found["mean"] == pytest.approx(np.mean([found[n] for n in validator.augmented]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+
+def test_images_of_any_mode_become_the_same_rgb(tmp_path):
+    gray = (np.indices((40, 60)).sum(0) * 2).astype(np.uint8)
+    image = Image.fromarray(gray)
+    image.save(tmp_path / "l.png")
+    image.convert("RGB").save(tmp_path / "rgb.png")
+    image.convert("RGBA").save(tmp_path / "rgba.png")
+    image.convert("LA").save(tmp_path / "la.png")
+    image.quantize(256).save(tmp_path / "palette.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16bit.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16bit.tif")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned by a quarter
+    image.convert("RGB").rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    expected = gaussad.load_image(tmp_path / "l.png", 32)
+    assert expected.shape == (3, 32, 32) and expected.dtype == torch.uint8
+    for path in tmp_path.iterdir():
+        found = gaussad.load_image(path, 32)
+        assert (found.int() - expected.int()).abs().max() <= 1, path.name
+
+
+def test_whole_image_is_resized_to_a_square(tmp_path):
+    image = Image.new("L", (100, 20))
+    image.paste(255, (0, 0, 50, 20))
+    image.save(tmp_path / "wide.png")
+    found = gaussad.load_image(tmp_path / "wide.png", 64)
+    assert (found[..., :31] == 255).all() and (found[..., 33:] == 0).all()
+
+
+def test_samples_of_the_layout(demo):
+    train = gaussad.list_samples(demo, "demo", "train")
+    test = gaussad.list_samples(demo, "demo", "test")
+    assert {(s.defect, s.label, s.mask) for s in train} == {("good", 0, None)} and len(train) == 48
+    assert {s.defect for s in test} == {"good", "hole_missing", "scratch", "stain"}
+    for sample in test:
+        assert sample.label == (sample.defect != "good") == (sample.mask is not None)
+        if sample.mask:
+            image, mask = (np.asarray(Image.open(p)) for p in (sample.path, sample.mask))
+            assert image.shape == mask.shape and mask.any()
+
+
+def test_split_is_drawn_by_its_seed_and_loses_nothing():
+    samples = list(range(320))
+    fit, held_out = gaussad.split_normal(samples, seed=0)
+    assert len(fit) == 256 and sorted(fit + held_out) == samples
+    assert gaussad.split_normal(samples, seed=0) == (fit, held_out)
+    assert gaussad.split_normal(samples, seed=1) != (fit, held_out)
+    assert [len(part) for part in gaussad.split_normal(range(5), 0)] == [3, 2]
+    with pytest.raises(ValueError, match="too few"):
+        gaussad.split_normal(range(4), 0)
+
+
+def test_batches_hold_every_image_once_and_in_order(demo):
+    paths = [sample.path for sample in gaussad.list_samples(demo, "demo", "train")]
+    images = gaussad.Images(paths, 32, workers=3)
+    expected = torch.stack([gaussad.load_image(path, 32) for path in paths])
+    assert torch.equal(torch.cat(list(images.batches(7))), expected)
+    shuffled = torch.cat(list(images.batches(7, torch.Generator().manual_seed(0))))
+    assert not torch.equal(shuffled, expected)
+    assert torch.equal(shuffled.flatten(1).sum(1).sort()[0], expected.flatten(1).sum(1).sort()[0])
+
+
+# ------------------------------------------------------------------------------------------------
+# Command lines
+# ------------------------------------------------------------------------------------------------
+
+TINY = ["--backbone", BACKBONE, "--weights", "random", "--image-size", "64"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo")
+    gaussad.draw_demo(root, size=64)
+    return root
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """Run a script as `python` would, in this process to save the seconds of importing torch."""
+
+    def call(script, *args):
+        monkeypatch.setattr(sys, "argv", [str(HERE / script), *map(str, args)])
+        try:
+            runpy.run_path(str(HERE / script), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code or 0, *capfd.readouterr()
+        return 0, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(demo, tmp_path_factory):
+    """A run of train.py as a process of its own, without the test images; (run folder, output)."""
+    work = tmp_path_factory.mktemp("work")
+    (work / "data/demo").mkdir(parents=True)
+    (work / "data/demo/train").symlink_to(demo / "demo/train")
+    command = [sys.executable, HERE / "train.py", "--data", "data", "--category", "demo", *TINY]
+    done = subprocess.run([*command, "--epochs", "2"], cwd=work, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return work / "runs/demo", done.stdout
+
+
+def test_train_writes_the_history_and_the_best_detector(trained):
+    folder, output = trained
+    history = json.loads((folder / "history.json").read_text())
+    assert [record["epoch"] for record in history["epochs"]] == [0, 1, 2]
+    assert history["epochs"][0]["loss"] is None and history["epochs"][2]["loss"] > 0
+    assert history["settings"]["seed"] == 0 and history["settings"]["backbone"] == BACKBONE
+    means = [record["validator"]["mean"] for record in history["epochs"]]
+    assert history["best_epoch"] == int(np.argmax(means))  # the first of equals
+    assert f"Epoch {history['best_epoch']}" in output
+    assert sorted(p.name for p in folder.iterdir()) == ["detector.pt", "history.json"]
+
+
+def test_saved_detector_scores_as_the_validator_saw_it(trained, demo):
+    folder, _ = trained
+    history = json.loads((folder / "history.json").read_text())
+    _, held_out = gaussad.split_normal(gaussad.list_samples(demo, "demo", "train"), 0)
+    images = torch.stack([gaussad.load_image(sample.path, 64) for sample in held_out])
+    found = gaussad.AugmentationValidator(images, 0)(GaussianAD.load(folder / "detector.pt"), 16)
+    assert found == history["epochs"][history["best_epoch"]]["validator"]
+
+
+def test_evaluate_writes_metrics_and_scores(trained, demo, cli):
+    metrics_of = pytest.importorskip("sklearn.metrics").roc_auc_score
+    folder, _ = trained
+    code, output, error = cli("evaluate.py", "--data", demo, "--category", "demo", "--out", folder)
+    assert code == 0 and "all anomalous" in output, error
+    metrics = json.loads((folder / "metrics.json").read_text())
+    rows = list(csv.DictReader((folder / "scores.csv").open(newline="")))
+    assert metrics["n_normal"] == 16 and metrics["n_anomalous"] == 24 and len(rows) == 40
+    assert metrics["best_epoch"] == json.loads((folder / "history.json").read_text())["best_epoch"]
+    scores = np.array([float(row["score"]) for row in rows])
+    labels = np.array([int(row["label"]) for row in rows])
+    assert metrics["image_auroc"] == pytest.approx(metrics_of(labels, scores), abs=1e-12)
+    for defect, value in metrics["image_auroc_per_defect"].items():
+        chosen = np.array([row["defect"] in ("good", defect) for row in rows])
+        assert value == pytest.approx(metrics_of(labels[chosen], scores[chosen]), abs=1e-12)
+    last = rows[32:]  # the last batch: the same batch gives the same bits
+    images = torch.stack([gaussad.load_image(row["path"], 64) for row in last])
+    with torch.no_grad():
+        expected = GaussianAD.load(folder / "detector.pt")(images)
+    assert [float(row["score"]) for row in last] == expected.tolist()
+
+
+def test_same_seed_same_bits(trained, demo, cli, tmp_path):
+    code, _, error = cli("train.py", "--data", demo, "--category", "demo", *TINY, "--epochs", 2,
+                         "--out", tmp_path)  # fmt: skip
+    assert code == 0, error
+    for name in ("history.json", "detector.pt"):
+        assert (tmp_path / name).is_file()
+    one, two = (GaussianAD.load(p / "detector.pt").state_dict() for p in (trained[0], tmp_path))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_diverging_training_keeps_the_best_and_says_so(demo, cli, tmp_path):
+    code, output, error = cli("train.py", "--data", demo, "--category", "demo", *TINY, "--epochs",
+                              5, "--lr", "1e6", "--out", tmp_path)  # fmt: skip
+    assert (code, error) == (0, "")
+    assert "Epoch 0 (the frozen network)" in output
+    assert GaussianAD.load(tmp_path / "detector.pt").image_size == [64, 64]
+
+
+def test_category_without_anomalous_images_is_scored(trained, cli, tmp_path, demo):
+    (tmp_path / "demo/test").mkdir(parents=True)
+    (tmp_path / "demo/test/good").symlink_to(demo / "demo/test/good")
+    folder, _ = trained
+    code, output, error = cli("evaluate.py", "--data", tmp_path, "--category", "demo",
+                              "--out", folder)  # fmt: skip
+    assert code == 0 and "No AUROC" in output, error
+    assert json.loads((folder / "metrics.json").read_text())["image_auroc"] is None
+
+
+def test_demo(cli, tmp_path):
+    code, output, error = cli("train.py", "--demo", "--weights", "random", "--image-size", 64,
+                              "--epochs", 1, "--out", tmp_path)  # fmt: skip
+    assert code == 0 and "all anomalous" in output, error
+    assert (tmp_path / "metrics.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def broken(demo, tmp_path_factory):
+    """A data root with a category for each thing that can be wrong with one."""
+    root = tmp_path_factory.mktemp("broken")
+    (root / "no_train_good/train").mkdir(parents=True)
+    for category in ("empty", "truncated", "text", "four"):
+        folder = root / category / "train/good"
+        folder.mkdir(parents=True)
+        images = sorted((demo / "demo/train/good").iterdir())[: 4 if category == "four" else 8]
+        for path in images if category != "empty" else []:
+            (folder / path.name).write_bytes(path.read_bytes())
+    path = root / "truncated/train/good/003.png"
+    path.write_bytes(path.read_bytes()[:200])
+    (root / "text/train/good/003.png").write_text("not an image")
+    (root / "file").write_text("not a folder")
+    (root / "pickle.pth").write_bytes(pickle.dumps(Path("x")))
+    torch.save(models.mobilenet_v3_small().state_dict(), root / "mobilenet_v3_small.pth")
+    return root
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("--data ROOT/nowhere --category x", "no data set at"),
+        ("--data DEMO --category screw", "no category 'screw'.*there are: demo"),
+        ("--data ROOT --category no_train_good", "train/good"),
+        ("--data ROOT --category empty", "no images in .*empty/train/good"),
+        ("--data ROOT --category four", "too few"),
+        ("--data ROOT --category truncated", "truncated/train/good/003.png"),
+        ("--data ROOT --category text", "text/train/good/003.png"),
+        ("--data DEMO --category demo --levels 0 3", "levels of mobilenet_v3_small are 1 to 13"),
+        ("--data DEMO --category demo --levels 99", "levels of mobilenet_v3_small are 1 to 13"),
+        ("--data DEMO --category demo --levels", "--levels"),
+        ("--data DEMO --category demo --image-size 0", "--image-size"),
+        ("--data DEMO --category demo --epochs -1", "--epochs"),
+        ("--data DEMO --category demo --lr nan", "--lr"),
+        ("--data DEMO --category demo --lr fast", "--lr"),
+        ("--data DEMO --category demo --backbone vgg16", "no backbone 'vgg16'"),
+        ("--data DEMO --category demo --weights ROOT/nowhere.pth", "nowhere.pth"),
+        ("--data DEMO --category demo --weights ROOT/file", "ROOT/file is not"),
+        ("--data DEMO --category demo --weights ROOT/pickle.pth", "pickle.pth is not"),
+        ("--data DEMO --category demo --weights ROOT/mobilenet_v3_small.pth --backbone resnet18",
+         "does not hold the weights of resnet18"),
+        ("--data DEMO --category demo --out ROOT/file/run", "ROOT/file/run.*--out"),
+        ("--data DEMO", "--category"),
+        ("", "--demo"),
+    ],
+)  # fmt: skip
+def test_bad_input_to_train_is_told_in_one_line(args, message, broken, demo, cli, tmp_path):
+    place = lambda text: text.replace("ROOT", str(broken)).replace("DEMO", str(demo))
+    given = [*TINY, "--epochs", "0", "--out", tmp_path, *place(args).split()]
+    assert_one_line(cli("train.py", *given), place(message))
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("--out ROOT/nowhere", "run train.py first"),
+        ("--out ROOT/not_a_detector", "not_a_detector/detector.pt is not"),
+        ("--out ROOT/weights_only", "weights_only/detector.pt is not a detector"),
+        ("--out RUN --data ROOT --category empty", "empty/test"),
+    ],
+)
+def test_bad_input_to_evaluate_is_told_in_one_line(args, message, broken, demo, trained, cli):
+    for name, file in (("not_a_detector", "file"), ("weights_only", "mobilenet_v3_small.pth")):
+        (broken / name).mkdir(exist_ok=True)
+        (broken / name / "detector.pt").write_bytes((broken / file).read_bytes())
+    place = lambda text: text.replace("ROOT", str(broken)).replace("RUN", str(trained[0]))
+    given = ["--data", demo, "--category", "demo", *place(args).split()]
+    assert_one_line(cli("evaluate.py", *given), message)
+
+
+def assert_one_line(result, message):
+    code, _, error = result
+    assert code == 2
+    assert error.count("\n") == 1 and "Traceback" not in error
+    assert re.search(message, error), error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_asked_for_and_absent(demo, cli, tmp_path):
+    given = ["--data", demo, "--category", "demo", *TINY, "--device", "cuda", "--out", tmp_path]
+    assert_one_line(cli("train.py", *given), "no CUDA device")
+
+
+# ------------------------------------------------------------------------------------------------
+# The real thing
+# ------------------------------------------------------------------------------------------------
+
+real = pytest.mark.skipif(
+    not {"GAUSSAD_DATA", "GAUSSAD_WEIGHTS"} <= os.environ.keys(),
+    reason="GAUSSAD_DATA and GAUSSAD_WEIGHTS name no data and weights",
+)
+
+
+@real
+def test_frozen_mobilenet_on_screw_agrees_with_an_independent_program():
+    data, weights = os.environ["GAUSSAD_DATA"], os.environ["GAUSSAD_WEIGHTS"]
+    fit, _ = gaussad.split_normal(gaussad.list_samples(data, "screw", "train"), 0)
+    test = gaussad.list_samples(data, "screw", "test")
+    detector = GaussianAD(FeatureExtractor("mobilenet_v2", weights=weights))
+    detector.fit(gaussad.Images([s.path for s in fit], 320).batches(16))
+    with torch.inference_mode():
+        images = gaussad.Images([s.path for s in test], 320).batches(16)
+        scores = torch.cat([detector(batch) for batch in images])
+    found = gaussad.auroc(scores, torch.tensor([s.label for s in test]))
+    assert 100 * found == pytest.approx(77.5, abs=2)

@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Fine-tune a Gaussian anomaly detector on the normal images of a category.
+
+    python train.py --data mvtec/ --category screw
+    python train.py --demo
+
+Writes runs/<category>/detector.pt and history.json; never opens the category's test folder.
+--demo draws a small data set, trains a small backbone on it and evaluates it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import evaluate
+from evaluate import Parser, add_common_options, number, pick_device, progress, run
+from gaussad import (
+    AugmentationValidator,
+    FeatureExtractor,
+    GaussianAD,
+    Images,
+    atomic_path,
+    draw_demo,
+    list_samples,
+    split_normal,
+)
+
+DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "epochs": 3, "category": "demo"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = pick_device(args.device)
+    make_folder(args.out)
+    if args.demo:
+        args.data = args.out / "data"
+        draw_demo(args.data, args.image_size)
+    normal, held_out = split_normal(list_samples(args.data, args.category, "train"), args.seed)
+    images = Images([sample.path for sample in normal], args.image_size, args.workers)
+    validator = make_validator([sample.path for sample in held_out], args)
+    detector = GaussianAD(make_extractor(args)).to(device)
+    train(detector, images, validator, args, device)
+    if args.demo:
+        evaluate.main(["--data", str(args.data), "--category", "demo", "--out", str(args.out),
+                       "--device", args.device])
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--demo", action="store_true", help="draw data, train and evaluate on it")
+    add_common_options(parser)
+    model = parser.add_argument_group("model")
+    model.add_argument("--backbone", default="efficientnet_b4",
+                       help="torchvision's name of an EfficientNet, MobileNet or ResNet "
+                            "(default: efficientnet_b4)")
+    model.add_argument("--weights", default="imagenet", metavar="imagenet|random|PATH",
+                       help="torchvision's ImageNet weights, downloaded on first use; random "
+                            "ones; or a state dict of the backbone (default: imagenet)")
+    model.add_argument("--levels", type=int, nargs="+", metavar="L",
+                       help="feature levels, from 1 (default: all; of a MobileNet, the last "
+                            "block of each stage)")
+    model.add_argument("--image-size", type=number(int, 32, 4096), default=380, metavar="PX",
+                       help="side of the square that images are resized to (default: 380)")
+    tuning = parser.add_argument_group("fine-tuning")
+    tuning.add_argument("--epochs", type=number(int, 0, 10**6), default=10, metavar="N",
+                        help="at most; 0 is the frozen network (default: 10)")
+    tuning.add_argument("--patience", type=number(int, 1, 10**6), default=3, metavar="N",
+                        help="stop after N epochs without a better validator (default: 3)")
+    tuning.add_argument("--lr", type=number(float, 0, 1e6), default=1e-4,
+                        help="learning rate of Adam (default: 1e-4)")
+    tuning.add_argument("--seed", type=number(int, 0, 2**32), default=0, metavar="N",
+                        help="of the split, the batches and the validator (default: 0)")
+    if parser.parse_args(argv).demo:
+        parser.set_defaults(**DEMO)  # what the user gives still comes first
+    args = parser.parse_args(argv)
+    if not args.demo and (args.data is None or args.category is None):
+        parser.error("--data and --category are needed, or --demo")
+    args.out = args.out or Path("runs") / args.category
+    return args
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose another by --out")
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"cannot write to the folder {path}; choose another by --out")
+
+
+def make_validator(paths: list[Path], args: Namespace) -> AugmentationValidator:
+    held_out = Images(paths, args.image_size, args.workers)
+    return AugmentationValidator(torch.cat(list(held_out.batches(args.batch_size))), args.seed)
+
+
+def make_extractor(args: Namespace) -> FeatureExtractor:
+    torch.manual_seed(args.seed)  # for random weights
+    try:
+        return FeatureExtractor(args.backbone, args.levels, args.weights)
+    except ConnectionError as error:
+        if not args.demo:
+            raise
+        print(f"{error}.\nThe demo goes on with random weights: its figures mean nothing.")
+        return FeatureExtractor(args.backbone, args.levels, "random")
+
+
+def train(detector: GaussianAD, images: Images, validator: AugmentationValidator,
+          args: Namespace, device: torch.device) -> None:
+    """Fine-tune and keep the epoch the validator likes best, epoch 0 (frozen) among them.
+
+    The best detector is on disk as soon as it is known, refitted as it was judged.
+    """
+    settings = {key: str(value) if isinstance(value, Path) else value
+                for key, value in vars(args).items()} | {"levels": detector.extractor.levels}
+    epochs, best = [], 0
+    print(heading(validator))
+    for record in fine_tune(detector, images, validator, args, device):
+        epochs.append(record)
+        value = record["validator"]["mean"]
+        if record["epoch"] == 0 or value > epochs[best]["validator"]["mean"]:
+            best = record["epoch"]
+            detector.save(args.out / "detector.pt")
+        write_history(args.out / "history.json", settings, epochs, best)
+        print(line(record) + ("  best so far" if best == record["epoch"] else ""), flush=True)
+        if record["epoch"] - best >= args.patience:
+            break
+    print(f"Epoch {best}{' (the frozen network)' if best == 0 else ''} is the validator's choice; "
+          f"its detector is {args.out / 'detector.pt'}")
+
+
+def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValidator,
+              args: Namespace, device: torch.device) -> Iterator[dict]:
+    """Yield a record of each epoch, from 0, with the detector refitted and judged by then.
+
+    Training pulls the features to the Gaussian of the pre-trained network, which stays fixed;
+    what is judged and saved has the Gaussian of the features as they are now.
+    """
+    shuffle = torch.Generator().manual_seed(args.seed)
+    optimizer = torch.optim.Adam(detector.parameters(), lr=args.lr)
+
+    def batches(what: str, order: torch.Generator | None = None) -> Iterator[torch.Tensor]:
+        source = progress(images.batches(args.batch_size, order), len(images), what)
+        return (batch.to(device) for batch in source)
+
+    start, loss, pretrained = time.perf_counter(), None, None
+    for epoch in range(args.epochs + 1):
+        if epoch:
+            detector.gaussians = pretrained
+            loss = train_epoch(detector, optimizer, batches(f"epoch {epoch}: training", shuffle))
+        if loss is not None and not math.isfinite(loss):
+            print(f"epoch {epoch}: the loss is {loss}, so training stops; try a smaller --lr")
+            return
+        detector.fit(batches(f"epoch {epoch}: fitting"))
+        pretrained = pretrained or detector.gaussians
+        aurocs = validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
+        now = time.perf_counter()
+        yield {"epoch": epoch, "loss": loss, "seconds": now - start, "validator": aurocs}
+        start = time.perf_counter()
+
+
+def train_epoch(detector: GaussianAD, optimizer: torch.optim.Optimizer,
+                batches: Iterator[torch.Tensor]) -> float:
+    """One pass over the normal images; the mean loss per image, before each step."""
+    total, count = 0.0, 0
+    for images in batches:
+        optimizer.zero_grad()
+        loss = detector.loss(images)
+        loss.backward()
+        optimizer.step()
+        total, count = total + len(images) * loss.item(), count + len(images)
+    return total / count
+
+
+def write_history(path: Path, settings: dict, epochs: list[dict], best: int) -> None:
+    history = {"settings": settings, "epochs": epochs, "best_epoch": best}
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(history, indent=2) + "\n")
+
+
+def heading(validator: AugmentationValidator) -> str:
+    names = "".join(f"{name:>9}" for name in [*validator.augmented, "mean"])
+    return f"epoch     loss  seconds{names}   (validator: AUROC in %)"
+
+
+def line(record: dict) -> str:
+    loss = "-" if record["loss"] is None else f"{record['loss']:.2f}"
+    aurocs = "".join(f"{100 * value:9.2f}" for value in record["validator"].values())
+    return f"{record['epoch']:5d} {loss:>8} {record['seconds']:8.1f}{aurocs}"
+
+
+if __name__ == "__main__":
+    run(main)
