@@ -342,7 +342,8 @@ def load_plain(path: str | Path, device: torch.device | str = "cpu") -> dict:
     Raises ValueError, naming the file, where it is missing or anything else than a dict so saved.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's, on files it did not write
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about files it did not write
             content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
