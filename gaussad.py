@@ -394,7 +394,9 @@ class Moments:
     count = 0
 
     def add(self, samples: Tensor) -> Moments:
-        """Add samples (..., N, C), N >= 1. Returns self. Raises ValueError on NaN or infinity."""
+        """Add samples (..., N, C). Returns self. Raises ValueError on NaN or infinity."""
+        if samples.shape[-2] == 0:
+            return self
         if not samples.isfinite().all():
             raise ValueError("the samples have NaN or infinite entries: no Gaussian fits them")
         new = Moments()._set_to(samples.to(torch.float64))
@@ -447,19 +449,21 @@ class Moments:
             b² = min(d², Σ_k ‖y_k y_kᵀ - S‖² / n²)
             covariance = (b²/d²) m I + (1 - b²/d²) S
 
-        Constant features keep the variance (b²/d²) m; where all are constant, the covariance and
-        the shrinkage are 0, as the shrinkage is of two samples. Raises ValueError with fewer than two samples.
+        Constant features get the variance (b²/d²) m; where all are constant, the covariance and
+        the shrinkage are 0, and of two samples the shrinkage is. Raises ValueError for one.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs two samples at least, not {self.count}")
         n, c = self.count, self.mean.shape[-1]
-        sample = self.scatter / n
-        m = sample.diagonal(dim1=-2, dim2=-1).mean(-1)
-        target = m[..., None, None] * torch.eye(c, dtype=m.dtype, device=m.device)
-        d2 = (sample - target).square().sum((-2, -1)) / c
-        b2 = (self.quartic / n - sample.square().sum((-2, -1))) / (n * c)
+        covariance = self.scatter / n  # S, until it is shrunk in place: it can be large
+        m = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+        s2 = torch.linalg.vector_norm(covariance, dim=(-2, -1)).square() / c  # ‖S‖²
+        d2 = s2 - m.square()  # ‖S - m I‖²
+        b2 = (self.quartic / (n * c) - s2) / n
         shrinkage = torch.where(d2 > 0, b2.clamp(min=0).minimum(d2) / d2, 0)
-        return torch.lerp(sample, target, shrinkage[..., None, None]), shrinkage
+        covariance *= (1 - shrinkage)[..., None, None]
+        covariance.diagonal(dim1=-2, dim2=-1).add_((shrinkage * m).unsqueeze(-1))
+        return covariance, shrinkage
 
 
 def ledoit_wolf(samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -501,7 +505,8 @@ class Gaussian(nn.Module):
             raise ValueError(f"a Gaussian needs three samples at least, not {moments.count}")
         covariance, _ = moments.ledoit_wolf()
         variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
-        if (variance.sqrt() <= torch.finfo(torch.float32).eps * moments.mean.square().mean(-1).sqrt()).any():
+        rounding = torch.finfo(torch.float32).eps ** 2 * moments.mean.square().mean(-1)
+        if (variance <= rounding).any():
             raise ValueError("the features do not vary: are the images all the same?")
         return cls(moments.mean, whitening_matrix(covariance))
 
