@@ -96,8 +96,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        name = Path(sys.argv[0]).name
-        sys.exit(print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     out = args.out or Path("runs") / args.category
     if not (out / "detector.pt").is_file():
-        raise ValueError(f"no detector.pt in {out}: run train.py first, or name its folder by --out")
+        raise ValueError(f"no detector.pt in {out}: run train.py first, or point --out to it")
     detector = GaussianAD.load(out / "detector.pt", device)
     samples = list_samples(args.data, args.category, "test")
     images = Images([sample.path for sample in samples], detector.image_size[0], args.workers)

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -319,15 +319,15 @@ def _classifier(backbone: str, weights: str | Path) -> nn.Module:
 
 def _load_weights(network: nn.Module, backbone: str, path: str | Path) -> None:
     def needed(state: dict) -> dict:  # all but the classifier and batch norm's step counters
-        skip = ("classifier.", "fc."), "num_batches_tracked"
-        return {k: v for k, v in state.items() if not (k.startswith(skip[0]) or k.endswith(skip[1]))}
+        unneeded = re.compile(r"(classifier|fc)\.|.*\.num_batches_tracked$")
+        return {k: v for k, v in state.items() if not unneeded.match(str(k))}
 
     state, wanted = needed(load_plain(path)), needed(network.state_dict())
     wrong = [k for k in {*state, *wanted} if _shape(state.get(k)) != _shape(wanted.get(k))]
     if wrong:
         raise ValueError(
             f"{path} does not hold the weights of {backbone}: of {len(wanted)} tensors "
-            f"{len(wrong)} are missing, unknown or of another shape, {min(wrong)!r} for one"
+            f"{len(wrong)} are missing, unknown or misshapen, {min(map(str, wrong))!r} for one"
         )
     network.load_state_dict(state, strict=False)
 
@@ -347,7 +347,7 @@ def load_plain(path: str | Path, device: torch.device | str = "cpu") -> dict:
             content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler raises whatever it likes on other files
         raise ValueError(f"{path} is not a file of tensors saved by torch.save") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
@@ -467,7 +467,10 @@ class Moments:
 
 
 def ledoit_wolf(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Ledoit-Wolf covariance (..., C, C) and shrinkage (...) of samples (..., N, C): see Moments."""
+    """Ledoit-Wolf covariance (..., C, C) and shrinkage (...) of samples (..., N, C): see Moments.
+
+    Raises ValueError for a single sample, NaN or infinity.
+    """
     return Moments().add(samples).ledoit_wolf()
 
 

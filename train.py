@@ -92,7 +92,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose another by --out")
+        raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose one by --out")
     if not os.access(path, os.W_OK):
         raise ValueError(f"cannot write to the folder {path}; choose another by --out")
 
