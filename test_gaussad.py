@@ -366,11 +366,12 @@ def test_cutout_and_cutmix_change_one_square_of_the_stated_area(photos):
 def test_validator_draws_once_from_its_seed_and_leaves_the_generator_alone():
     images = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
     before = torch.random.get_rng_state()
-    one, same, other = (gaussad.AugmentationValidator(images, seed) for seed in (1, 1, 2))
+    one, same, other = (gaussad.AugmentationValidator(images, seed, draws=2) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert list(one.augmented) == ["mixup", "cutout", "cutmix", "augmix"]
     for name, augmented in one.augmented.items():
-        assert augmented.dtype == torch.uint8 and augmented.shape == images.shape
+        assert augmented.dtype == torch.uint8 and augmented.shape == (12, 3, 64, 64)
+        assert not torch.equal(augmented[:6], augmented[6:])
         assert torch.equal(augmented, same.augmented[name])
         assert not torch.equal(augmented, other.augmented[name])
     with pytest.raises(ValueError, match="two"):
@@ -385,7 +386,7 @@ def test_validator_is_the_auroc_of_normal_against_augmented():
     found = validator(score, batch_size=7)
     for name, augmented in validator.augmented.items():
         scores = torch.cat([score(images), score(augmented)])
-        expected = metrics.roc_auc_score([0] * 20 + [1] * 20, scores)
+        expected = metrics.roc_auc_score([0] * 20 + [1] * 60, scores)
         assert found[name] == pytest.approx(expected, abs=1e-12)
     assert found["mean"] == pytest.approx(np.mean([found[n] for n in validator.augmented]))
 
