@@ -14,7 +14,7 @@ Rippel, Chavan, Lei, Merhof: IMPROVE 2022, arXiv 2108.04116. Read it top to bott
 In ten lines, with any iterable of image batches (B, 3, H, W), uint8 or float in [0, 1]:
 
     detector = GaussianAD(FeatureExtractor("efficientnet_b4")).fit(batches)
-    optimizer = torch.optim.Adam(detector.parameters(), lr=1e-4)
+    optimizer = torch.optim.Adam(detector.parameters(), lr=3e-4)
     for images in batches:                  # the Gaussian stays as it was fitted
         optimizer.zero_grad()
         detector.loss(images).backward()

@@ -12,7 +12,6 @@ Writes runs/<category>/detector.pt and history.json; never opens the category's 
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from argparse import Namespace
@@ -40,11 +39,12 @@ DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "epochs": 3, "category": 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = pick_device(args.device)
-    make_folder(args.out)
     if args.demo:
         args.data = args.out / "data"
+        make_folder(args.data)
         draw_demo(args.data, args.image_size)
     normal, held_out = split_normal(list_samples(args.data, args.category, "train"), args.seed)
+    make_folder(args.out)
     images = Images([sample.path for sample in normal], args.image_size, args.workers)
     validator = make_validator([sample.path for sample in held_out], args)
     detector = GaussianAD(make_extractor(args)).to(device)
@@ -75,8 +75,8 @@ def parse(argv: list[str] | None) -> Namespace:
                         help="at most; 0 is the frozen network (default: 10)")
     tuning.add_argument("--patience", type=number(int, 1, 10**6), default=3, metavar="N",
                         help="stop after N epochs without a better validator (default: 3)")
-    tuning.add_argument("--lr", type=number(float, 0, 1e6), default=1e-4,
-                        help="learning rate of Adam (default: 1e-4)")
+    tuning.add_argument("--lr", type=number(float, 0, 1e6), default=3e-4,
+                        help="learning rate of Adam (default: 3e-4)")
     tuning.add_argument("--seed", type=number(int, 0, 2**32), default=0, metavar="N",
                         help="of the split, the batches and the validator (default: 0)")
     if parser.parse_args(argv).demo:
@@ -156,12 +156,15 @@ def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValid
         if epoch:
             detector.gaussians = pretrained
             loss = train_epoch(detector, optimizer, batches(f"epoch {epoch}: training", shuffle))
-        if loss is not None and not math.isfinite(loss):
-            print(f"epoch {epoch}: the loss is {loss}, so training stops; try a smaller --lr")
+        try:
+            detector.fit(batches(f"epoch {epoch}: fitting"))
+            aurocs = validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
+        except ValueError as error:
+            if epoch == 0:
+                raise
+            print(f"epoch {epoch}: {error}. Training diverged and stops; try a smaller --lr")
             return
-        detector.fit(batches(f"epoch {epoch}: fitting"))
         pretrained = pretrained or detector.gaussians
-        aurocs = validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
         now = time.perf_counter()
         yield {"epoch": epoch, "loss": loss, "seconds": now - start, "validator": aurocs}
         start = time.perf_counter()
