@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -95,11 +96,18 @@ def run(main: Callable[[], None]) -> None:
     """Call `main`; what the user can mend ends in one line and exit code 2, not in a traceback."""
     try:
         main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, OSError) as error:
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("memory", str(error)):
+            raise
+        message = "out of memory; use a smaller --batch-size or --image-size"
     except KeyboardInterrupt:
         sys.exit(130)
+    else:
+        return
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -117,11 +125,17 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or Path("runs") / args.category
     if not (out / "detector.pt").is_file():
         raise ValueError(f"no detector.pt in {out}: run train.py first, or point --out to it")
+    history = read_history(out)
+    trained_on = history.get("settings", {}).get("category", args.category)
+    if trained_on != args.category:
+        raise ValueError(f"{out} holds the detector of {trained_on!r}, not of {args.category!r}")
     detector = GaussianAD.load(out / "detector.pt", device)
+    if not detector.image_size or len(set(detector.image_size)) > 1:
+        raise ValueError(f"{out / 'detector.pt'} was not fitted to square images")
     samples = list_samples(args.data, args.category, "test")
     images = Images([sample.path for sample in samples], detector.image_size[0], args.workers)
     scores = score(detector, images, args.batch_size, device)
-    metrics = measure(samples, scores) | {"best_epoch": best_epoch(out)}
+    metrics = measure(samples, scores) | {"best_epoch": history.get("best_epoch")}
     write_scores(out / "scores.csv", samples, scores)
     with atomic_path(out / "metrics.json") as part:
         part.write_text(json.dumps(metrics, indent=2) + "\n")
@@ -156,12 +170,14 @@ def measure(samples: list[Sample], scores: Tensor) -> dict:
     }
 
 
-def best_epoch(out: Path) -> int | None:
-    """The epoch that train.py chose, from its history.json; None without one."""
+def read_history(out: Path) -> dict:
+    """What train.py wrote to history.json; empty for a detector that was saved without one."""
     try:
-        return json.loads((out / "history.json").read_text())["best_epoch"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        history = json.loads((out / "history.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    well_formed = isinstance(history, dict) and isinstance(history.get("settings"), dict)
+    return history if well_formed else {}
 
 
 def write_scores(path: Path, samples: list[Sample], scores: Tensor) -> None:

@@ -11,10 +11,11 @@ Rippel, Chavan, Lei, Merhof: IMPROVE 2022, arXiv 2108.04116. Read it top to bott
     5. Validator    AUROC of held-out normal images against augmented ones says when to stop
     6. Metrics      AUROC
 
-In ten lines, with any iterable of image batches (B, 3, H, W), uint8 or float in [0, 1]:
+In ten lines, with image batches (B, 3, H, W), uint8 or float in [0, 1], that can be passed over
+again, such as a list or a DataLoader:
 
     detector = GaussianAD(FeatureExtractor("efficientnet_b4")).fit(batches)
-    optimizer = torch.optim.Adam(detector.parameters(), lr=3e-4)
+    optimizer = torch.optim.Adam(detector.parameters(), lr=1e-4)
     for images in batches:                  # the Gaussian stays as it was fitted
         optimizer.zero_grad()
         detector.loss(images).backward()
@@ -23,7 +24,7 @@ In ten lines, with any iterable of image batches (B, 3, H, W), uint8 or float in
     with torch.no_grad():
         scores = detector(images)           # (B,): the higher, the more anomalous
 
-Nothing here prints, parses arguments, moves a tensor to another device or touches global state.
+Nothing here prints (but torchvision, while it downloads) or moves a tensor to another device.
 """
 
 from __future__ import annotations
@@ -259,7 +260,7 @@ class FeatureExtractor(nn.Module):
     is no dropout or stochastic depth while fine-tuning (our choice: a Gaussian is fitted on few
     images, and noise in the features would drown in it). Stages past the last level are dropped.
     Raises ValueError for an unknown backbone, a level out of range, or weights that do not fit;
-    ConnectionError where the ImageNet weights cannot be downloaded.
+    ConnectionError where the ImageNet weights cannot be had.
     """
 
     def __init__(
@@ -307,9 +308,9 @@ def _classifier(backbone: str, weights: str | Path) -> nn.Module:
     if weights == "imagenet":
         try:
             return models.get_model(backbone, weights="IMAGENET1K_V1")
-        except (OSError, RuntimeError) as error:  # no network, or a file that broke on the way
+        except Exception as error:  # no network, or a file in torch's cache that is broken
             raise ConnectionError(
-                f"cannot download the ImageNet weights of {backbone} ({error}); give the path of "
+                f"cannot get the ImageNet weights of {backbone} ({error}); give the path of "
                 "a state dict as weights, or 'random' to try things out"
             ) from error
     network = models.get_model(backbone, weights=None)
@@ -378,6 +379,10 @@ def _checked_levels(levels: Sequence[int] | None, stages: list, backbone: str) -
 # ------------------------------------------------------------------------------------------------
 
 
+class DegenerateError(ValueError):
+    """Features or scores that are NaN or infinite, or do not vary: no Gaussian, no AUROC."""
+
+
 class Moments:
     """The sums that a mean and a Ledoit-Wolf covariance need, from batches, in constant memory.
 
@@ -398,7 +403,7 @@ class Moments:
         if samples.shape[-2] == 0:
             return self
         if not samples.isfinite().all():
-            raise ValueError("the samples have NaN or infinite entries: no Gaussian fits them")
+            raise DegenerateError("the samples have NaN or infinite entries: no Gaussian fits them")
         new = Moments()._set_to(samples.to(torch.float64))
         if self.count == 0:
             self.__dict__ = new.__dict__
@@ -481,7 +486,7 @@ def whitening_matrix(covariance: Tensor) -> Tensor:
     """
     factor, info = torch.linalg.cholesky_ex(covariance)
     if info.any() or not factor.isfinite().all():
-        raise ValueError("the covariance is not positive definite")
+        raise DegenerateError("the covariance is not positive definite")
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
 
@@ -510,7 +515,7 @@ class Gaussian(nn.Module):
         variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
         rounding = torch.finfo(torch.float32).eps ** 2 * moments.mean.square().mean(-1)
         if (variance <= rounding).any():
-            raise ValueError("the features do not vary: are the images all the same?")
+            raise DegenerateError("the features do not vary: are the images all the same?")
         return cls(moments.mean, whitening_matrix(covariance))
 
     def distance(self, features: Tensor) -> Tensor:
@@ -531,7 +536,8 @@ class Gaussian(nn.Module):
 class GaussianAD(nn.Module):
     """Gaussian anomaly detection: a feature extractor and one Gaussian per level.
 
-    Images are what FeatureExtractor takes, on the detector's device, all of one size. On a GPU,
+    Images are what FeatureExtractor takes, on the detector's device, all of one size. That is a
+    CPU or a CUDA GPU, and `.half()` or `.float()` would take the Gaussians out of float64. On a GPU
     switch TF32 off where scores are made (`torch.backends.cudnn.allow_tf32 = False`): the
     directions of least variance carry the signal, and they are the first that rounding drowns.
     """
@@ -613,7 +619,7 @@ class GaussianAD(nn.Module):
 # 5. Augmentation validator: when does fine-tuning begin to forget?
 # ------------------------------------------------------------------------------------------------
 # Each augmentation takes uint8 images (B, 3, S, S), gives as many, and draws from torch's default
-# generator, as torchvision's transforms do. Partners for mixing are the next images of the batch.
+# generator, as torchvision's transforms do, on the CPU. An image's partner is the one before it.
 
 
 def mixup(images: Tensor, alpha: float = 1.0) -> Tensor:
@@ -666,7 +672,7 @@ class AugmentationValidator:
     taught them, they fall together. No anomalous image is needed. The augmented images are drawn
     once, from `seed`, so that every call judges by the same ones.
 
-    images          (N, 3, S, S) uint8, N >= 2, normal, not used for fitting
+    images          (N, 3, S, S) uint8 on the CPU, N >= 2, normal, not used for fitting
     draws           augmented versions of each image: with one, on 64 images, the noise of the draw
                     hid the gain of fine-tuning (our choice). All are kept in memory: draws x N
                     images for each augmentation
@@ -685,7 +691,7 @@ class AugmentationValidator:
             raise ValueError(f"{len(images)} held-out image(s): mixing needs two at the least")
         self.normal = images
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on undisturbed
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.augmented = {
                 name: torch.cat([augment(images) for _ in range(draws)])
                 for name, augment in augmentations.items()
@@ -697,7 +703,8 @@ class AugmentationValidator:
     ) -> dict[str, float]:
         """The AUROC in [0, 1] of each augmentation by name, and their "mean".
 
-        score       maps a batch of uint8 images to their scores (B,): a detector, for one
+        score       maps a batch of uint8 images on the CPU to their scores (B,) there: a detector,
+                    or, on a GPU, `lambda images: detector(images.cuda()).cpu()`
         """
 
         def scores(images: Tensor) -> Tensor:
@@ -728,7 +735,7 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     if scores.shape != labels.shape or not ((labels == 0) | (labels == 1)).all():
         raise ValueError("AUROC needs one label, 0 or 1, for each score")
     if scores.isnan().any():
-        raise ValueError("AUROC needs scores that are numbers; there are NaNs among them")
+        raise DegenerateError("AUROC needs scores that are numbers; there are NaNs among them")
     n_anomalous = int((labels == 1).sum())
     n_normal = len(labels) - n_anomalous
     if not n_anomalous or not n_normal:

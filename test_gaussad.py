@@ -622,6 +622,7 @@ def broken(demo, tmp_path_factory):
         ("--data DEMO --category demo --out ROOT/file/run", "ROOT/file/run.*--out"),
         ("--data DEMO", "--category"),
         ("", "--demo"),
+        ("--demo --data ROOT", "--demo draws its own data"),
     ],
 )  # fmt: skip
 def test_bad_input_to_train_is_told_in_one_line(args, message, broken, demo, cli, tmp_path):
@@ -636,14 +637,17 @@ def test_bad_input_to_train_is_told_in_one_line(args, message, broken, demo, cli
         ("--out ROOT/nowhere", "run train.py first"),
         ("--out ROOT/not_a_detector", "not_a_detector/detector.pt is not"),
         ("--out ROOT/weights_only", "weights_only/detector.pt is not a detector"),
-        ("--out RUN --data ROOT --category empty", "empty/test"),
+        ("--out RUN --data ROOT --category empty", "the detector of 'demo', not of 'empty'"),
+        ("--out RUN --data NO_TEST", "demo/test"),
     ],
 )
 def test_bad_input_to_evaluate_is_told_in_one_line(args, message, broken, demo, trained, cli):
     for name, file in (("not_a_detector", "file"), ("weights_only", "mobilenet_v3_small.pth")):
         (broken / name).mkdir(exist_ok=True)
         (broken / name / "detector.pt").write_bytes((broken / file).read_bytes())
-    place = lambda text: text.replace("ROOT", str(broken)).replace("RUN", str(trained[0]))
+    no_test = trained[0].parent.parent / "data"  # the root it was trained from
+    place = lambda text: (text.replace("ROOT", str(broken)).replace("RUN", str(trained[0]))
+                          .replace("NO_TEST", str(no_test)))  # fmt: skip
     given = ["--data", demo, "--category", "demo", *place(args).split()]
     assert_one_line(cli("evaluate.py", *given), message)
 

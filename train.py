@@ -5,7 +5,8 @@
     python train.py --data mvtec/ --category screw
     python train.py --demo
 
-Writes runs/<category>/detector.pt and history.json; never opens the category's test folder.
+Writes runs/<category>/detector.pt and history.json, over those of an earlier run; never opens
+the category's test folder.
 --demo draws a small data set, trains a small backbone on it and evaluates it.
 """
 
@@ -24,6 +25,7 @@ import evaluate
 from evaluate import Parser, add_common_options, number, pick_device, progress, run
 from gaussad import (
     AugmentationValidator,
+    DegenerateError,
     FeatureExtractor,
     GaussianAD,
     Images,
@@ -46,12 +48,13 @@ def main(argv: list[str] | None = None) -> None:
     normal, held_out = split_normal(list_samples(args.data, args.category, "train"), args.seed)
     make_folder(args.out)
     images = Images([sample.path for sample in normal], args.image_size, args.workers)
-    validator = make_validator([sample.path for sample in held_out], args)
     detector = GaussianAD(make_extractor(args)).to(device)
+    validator = make_validator([sample.path for sample in held_out], args)
     train(detector, images, validator, args, device)
     if args.demo:
         evaluate.main(["--data", str(args.data), "--category", "demo", "--out", str(args.out),
-                       "--device", args.device])
+                       "--device", args.device, "--workers", str(args.workers),
+                       "--batch-size", str(args.batch_size)])
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -73,15 +76,17 @@ def parse(argv: list[str] | None) -> Namespace:
     tuning = parser.add_argument_group("fine-tuning")
     tuning.add_argument("--epochs", type=number(int, 0, 10**6), default=10, metavar="N",
                         help="at most; 0 is the frozen network (default: 10)")
-    tuning.add_argument("--patience", type=number(int, 1, 10**6), default=3, metavar="N",
-                        help="stop after N epochs without a better validator (default: 3)")
-    tuning.add_argument("--lr", type=number(float, 0, 1e6), default=3e-4,
-                        help="learning rate of Adam (default: 3e-4)")
+    tuning.add_argument("--patience", type=number(int, 1, 10**6), default=5, metavar="N",
+                        help="stop after N epochs without a better validator (default: 5)")
+    tuning.add_argument("--lr", type=number(float, 0, 1e6), default=1e-4,
+                        help="learning rate of Adam (default: 1e-4)")
     tuning.add_argument("--seed", type=number(int, 0, 2**32), default=0, metavar="N",
                         help="of the split, the batches and the validator (default: 0)")
     if parser.parse_args(argv).demo:
         parser.set_defaults(**DEMO)  # what the user gives still comes first
     args = parser.parse_args(argv)
+    if args.demo and (args.data or args.category != "demo"):
+        parser.error("--demo draws its own data: leave out --data and --category")
     if not args.demo and (args.data is None or args.category is None):
         parser.error("--data and --category are needed, or --demo")
     args.out = args.out or Path("runs") / args.category
@@ -129,6 +134,8 @@ def train(detector: GaussianAD, images: Images, validator: AugmentationValidator
         if record["epoch"] == 0 or value > epochs[best]["validator"]["mean"]:
             best = record["epoch"]
             detector.save(args.out / "detector.pt")
+            for name in ("metrics.json", "scores.csv"):  # of a detector that is no more
+                (args.out / name).unlink(missing_ok=True)
         write_history(args.out / "history.json", settings, epochs, best)
         print(line(record) + ("  best so far" if best == record["epoch"] else ""), flush=True)
         if record["epoch"] - best >= args.patience:
@@ -159,7 +166,7 @@ def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValid
         try:
             detector.fit(batches(f"epoch {epoch}: fitting"))
             aurocs = validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
-        except ValueError as error:
+        except DegenerateError as error:
             if epoch == 0:
                 raise
             print(f"epoch {epoch}: {error}. Training diverged and stops; try a smaller --lr")
