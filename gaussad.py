@@ -327,8 +327,8 @@ def _load_weights(network: nn.Module, backbone: str, path: str | Path) -> None:
     wrong = [k for k in {*state, *wanted} if _shape(state.get(k)) != _shape(wanted.get(k))]
     if wrong:
         raise ValueError(
-            f"{path} does not hold the weights of {backbone}: of {len(wanted)} tensors "
-            f"{len(wrong)} are missing, unknown or misshapen, {min(map(str, wrong))!r} for one"
+            f"{path} does not hold the weights of {backbone}: {len(wrong)} tensors are missing, "
+            f"unknown or of another shape, {min(map(str, wrong))!r} for one"
         )
     network.load_state_dict(state, strict=False)
 

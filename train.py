@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> None:
         make_folder(args.data)
         draw_demo(args.data, args.image_size)
     normal, held_out = split_normal(list_samples(args.data, args.category, "train"), args.seed)
+    detector = GaussianAD(make_extractor(args)).to(device)
     make_folder(args.out)
     images = Images([sample.path for sample in normal], args.image_size, args.workers)
-    detector = GaussianAD(make_extractor(args)).to(device)
     validator = make_validator([sample.path for sample in held_out], args)
     train(detector, images, validator, args, device)
     if args.demo:
