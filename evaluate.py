@@ -27,6 +27,8 @@ from gaussad import NORMAL, GaussianAD, Images, Sample, atomic_path, auroc, list
 # What both command lines share
 # ------------------------------------------------------------------------------------------------
 
+OUT_OF_MEMORY = re.compile("out of memory|(can't allocate|not enough) memory")  # GPU; CPU
+
 
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong; --help has the rest. Help texts show the defaults."""
@@ -92,6 +94,12 @@ def progress(batches: Iterable[Tensor], total: int, what: str) -> Iterator[Tenso
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` atomically, to be read by programs and by people."""
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`; what the user can mend ends in one line and exit code 2, not in a traceback."""
     try:
@@ -99,7 +107,7 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory", str(error)):
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         message = "out of memory; use a smaller --batch-size or --image-size"
     except KeyboardInterrupt:
@@ -137,8 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     scores = score(detector, images, args.batch_size, device)
     metrics = measure(samples, scores) | {"best_epoch": history.get("best_epoch")}
     write_scores(out / "scores.csv", samples, scores)
-    with atomic_path(out / "metrics.json") as part:
-        part.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(out / "metrics.json", metrics)
     print(table(args.category, samples, metrics))
     print(f"metrics.json and scores.csv are in {out}")
 

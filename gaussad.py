@@ -258,7 +258,7 @@ class FeatureExtractor(nn.Module):
 
     The network is in evaluation mode always: batch norm keeps its ImageNet statistics, and there
     is no dropout or stochastic depth while fine-tuning (our choice: a Gaussian is fitted on few
-    images, and noise in the features would drown in it). Stages past the last level are dropped.
+    images, and noise in the features would blur it). Stages past the last level are dropped.
     Raises ValueError for an unknown backbone, a level out of range, or weights that do not fit;
     ConnectionError where the ImageNet weights cannot be had.
     """

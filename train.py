@@ -12,7 +12,6 @@ the category's test folder.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from argparse import Namespace
@@ -22,14 +21,13 @@ from pathlib import Path
 import torch
 
 import evaluate
-from evaluate import Parser, add_common_options, number, pick_device, progress, run
+from evaluate import Parser, add_common_options, number, pick_device, progress, run, write_json
 from gaussad import (
     AugmentationValidator,
     DegenerateError,
     FeatureExtractor,
     GaussianAD,
     Images,
-    atomic_path,
     draw_demo,
     list_samples,
     split_normal,
@@ -136,7 +134,8 @@ def train(detector: GaussianAD, images: Images, validator: AugmentationValidator
             detector.save(args.out / "detector.pt")
             for name in ("metrics.json", "scores.csv"):  # of a detector that is no more
                 (args.out / name).unlink(missing_ok=True)
-        write_history(args.out / "history.json", settings, epochs, best)
+        history = {"settings": settings, "epochs": epochs, "best_epoch": best}
+        write_json(args.out / "history.json", history)
         print(line(record) + ("  best so far" if best == record["epoch"] else ""), flush=True)
         if record["epoch"] - best >= args.patience:
             break
@@ -188,12 +187,6 @@ def train_epoch(detector: GaussianAD, optimizer: torch.optim.Optimizer,
         optimizer.step()
         total, count = total + len(images) * loss.item(), count + len(images)
     return total / count
-
-
-def write_history(path: Path, settings: dict, epochs: list[dict], best: int) -> None:
-    history = {"settings": settings, "epochs": epochs, "best_epoch": best}
-    with atomic_path(path) as part:
-        part.write_text(json.dumps(history, indent=2) + "\n")
 
 
 def heading(validator: AugmentationValidator) -> str:
