@@ -4,7 +4,8 @@
 
     python evaluate.py --data mvtec/ --category screw
 
-Reads runs/<category>/detector.pt; writes metrics.json and scores.csv beside it.
+Reads runs/<category>/detector.pt; writes metrics.json and scores.csv beside it, and with
+--pictures a folder of pictures.
 """
 
 from __future__ import annotations
@@ -18,10 +19,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from gaussad import NORMAL, GaussianAD, Images, Sample, atomic_path, auroc, list_samples
+from gaussad import (
+    NORMAL,
+    GaussianAD,
+    Images,
+    Sample,
+    atomic_path,
+    aupro,
+    auroc,
+    list_samples,
+    load_image,
+    load_mask,
+)
 
 # ------------------------------------------------------------------------------------------------
 # What both command lines share
@@ -126,6 +140,8 @@ def run(main: Callable[[], None]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_common_options(parser)
+    parser.add_argument("--pictures", action="store_true",
+                        help="draw the anomaly map over each test image, in <out>/pictures")
     args = parser.parse_args(argv)
     if args.data is None or args.category is None:
         parser.error("--data and --category are needed")
@@ -142,19 +158,37 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{out / 'detector.pt'} was not fitted to square images")
     samples = list_samples(args.data, args.category, "test")
     images = Images([sample.path for sample in samples], detector.image_size[0], args.workers)
-    scores = score(detector, images, args.batch_size, device)
-    metrics = measure(samples, scores) | {"best_epoch": history.get("best_epoch")}
-    write_scores(out / "scores.csv", samples, scores)
+    scores, maps = score(detector, images, args.batch_size, device)
+    masks = read_masks(samples, detector.image_size[0])
+    metrics = {**measure(samples, scores), **measure_maps(samples, maps, masks),
+               "best_epoch": history.get("best_epoch")}
+    write_scores(out / "scores.csv", samples, scores, maps)
     write_json(out / "metrics.json", metrics)
     print(table(args.category, samples, metrics))
     print(f"metrics.json and scores.csv are in {out}")
+    if args.pictures:
+        write_pictures(out / "pictures", detector, samples, scores, maps, masks)
+        print(f"Pictures are in {out / 'pictures'}; misses.png and false_alarms.png sum them up")
 
 
 @torch.inference_mode()
-def score(detector: GaussianAD, images: Images, batch_size: int, device: torch.device) -> Tensor:
-    """The score of each image, (N,) float64 on the CPU."""
+def score(detector: GaussianAD, images: Images, batch_size: int,
+          device: torch.device) -> tuple[Tensor, Tensor]:
+    """The score (N,) float64 and the anomaly map (N, H, W) float32 of each image, on the CPU."""
     batches = progress(images.batches(batch_size), len(images), "scoring")
-    return torch.cat([detector(batch.to(device)).cpu() for batch in batches])
+    found = [detector.scores_and_maps(batch.to(device)) for batch in batches]
+    scores, maps = zip(*found)
+    return torch.cat(scores).cpu(), torch.cat(maps).cpu()
+
+
+def read_masks(samples: list[Sample], size: int) -> list[Tensor | None]:
+    """Where each image is anomalous, (size, size) bool: nowhere if normal, None if not known."""
+    def read(sample: Sample) -> Tensor | None:
+        if sample.label and sample.mask is None:
+            return None
+        return load_mask(sample.mask, size) if sample.label else torch.zeros(size, size).bool()
+
+    return [read(sample) for sample in samples]
 
 
 def measure(samples: list[Sample], scores: Tensor) -> dict:
@@ -177,6 +211,27 @@ def measure(samples: list[Sample], scores: Tensor) -> dict:
     }
 
 
+def measure_maps(samples: list[Sample], maps: Tensor, masks: list[Tensor | None]) -> dict:
+    """Pixel AUROC and AU-PRO over the images whose mask is known, and the image AUROC of the maps'
+    maxima over all.
+
+    In [0, 1]; None where one of the two classes is missing.
+    """
+    labels = torch.tensor([sample.label for sample in samples])
+    known = torch.tensor([mask is not None for mask in masks])
+    some = known.any() and torch.stack([mask.any() for mask in masks if mask is not None]).any()
+    if some:
+        truth = torch.stack([mask for mask in masks if mask is not None])
+    return {
+        "pixel_auroc": auroc(maps[known], truth) if some else None,
+        "aupro": aupro(maps[known], truth) if some else None,
+        "image_auroc_from_map": (
+            auroc(maps.amax((1, 2)), labels) if 0 < labels.sum() < len(labels) else None
+        ),
+        "n_without_mask": int((~known).sum()),
+    }
+
+
 def read_history(out: Path) -> dict:
     """What train.py wrote to history.json; empty for a detector that was saved without one."""
     try:
@@ -187,13 +242,13 @@ def read_history(out: Path) -> dict:
     return history if well_formed else {}
 
 
-def write_scores(path: Path, samples: list[Sample], scores: Tensor) -> None:
-    """One line per image: path, defect, label, score in full precision."""
+def write_scores(path: Path, samples: list[Sample], scores: Tensor, maps: Tensor) -> None:
+    """One line per image: path, defect, label, score and the map's maximum in full precision."""
     with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "defect", "label", "score"])
-        for sample, value in zip(samples, scores.tolist()):
-            writer.writerow([sample.path.as_posix(), sample.defect, sample.label, value])
+        writer.writerow(["path", "defect", "label", "score", "map_maximum"])
+        for sample, *values in zip(samples, scores.tolist(), maps.amax((1, 2)).tolist()):
+            writer.writerow([sample.path.as_posix(), sample.defect, sample.label, *values])
 
 
 def table(category: str, samples: list[Sample], metrics: dict) -> str:
@@ -206,10 +261,89 @@ def table(category: str, samples: list[Sample], metrics: dict) -> str:
     for defect, value in metrics["image_auroc_per_defect"].items():
         lines.append(row(defect, sum(sample.defect == defect for sample in samples), value))
     lines.append(row("all anomalous", metrics["n_anomalous"], metrics["image_auroc"]))
+    lines.append(row("  by the map's maximum", metrics["n_anomalous"],
+                     metrics["image_auroc_from_map"]))
     lines.append(row("normal", metrics["n_normal"], None))
+    lines.append(row("pixels, AUROC", len(samples) - metrics["n_without_mask"],
+                     metrics["pixel_auroc"]))
+    lines.append(row("pixels, AU-PRO to 30 %", len(samples) - metrics["n_without_mask"],
+                     metrics["aupro"]))
     if metrics["image_auroc"] is None:
         lines.append("No AUROC: it needs normal (test/good) and anomalous images, both.")
+    if metrics["n_without_mask"]:
+        lines.append(f"{metrics['n_without_mask']} anomalous images have no mask in ground_truth/ "
+                     "and are left out of the pixel figures.")
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------
+
+SHEET = 12  # pictures on a contact sheet
+CAPTION = 28  # height of the caption in pixels
+
+
+def write_pictures(folder: Path, detector: GaussianAD, samples: list[Sample], scores: Tensor,
+                   maps: Tensor, masks: list[Tensor | None]) -> None:
+    """A picture of each image, <defect>_<name>.png, and sheets of the worst misses and alarms.
+
+    The verdict is by the map's maximum, which is the more reliable of the two image scores.
+    """
+    folder.mkdir(exist_ok=True)
+    usual, threshold = detector.map_usual.item(), detector.map_threshold.item()
+    ratios = (maps.amax((1, 2)) / threshold).tolist()
+    score_ratios = (scores / detector.threshold.cpu()).tolist()
+    files = [folder / f"{sample.defect}_{sample.path.stem}.png" for sample in samples]
+    for i, (file, sample) in enumerate(zip(files, samples)):
+        verdict = "ANOMALOUS" if ratios[i] > 1 else "normal"
+        text = (f"{sample.defect} {sample.path.stem}: {verdict}, map {ratios[i]:.2f}, "
+                f"score {score_ratios[i]:.2f} (of threshold)")
+        image = load_image(sample.path, detector.image_size[0])
+        strength = (maps[i] - usual) / (threshold - usual) / 2
+        with atomic_path(file) as part:
+            draw_picture(image, strength.clamp(0, 1), masks[i], text).save(part, "PNG")
+    ranked = sorted(zip(ratios, [sample.label for sample in samples], files))
+    misses = [file for ratio, label, file in ranked if label and ratio <= 1]
+    false_alarms = [file for ratio, label, file in ranked[::-1] if not label and ratio > 1]
+    write_sheet(folder / "misses.png", misses)
+    write_sheet(folder / "false_alarms.png", false_alarms)
+
+
+def draw_picture(image: Tensor, strength: Tensor, mask: Tensor | None, text: str) -> Image.Image:
+    """The image; beside it the same under its map, the true defect outlined in green.
+
+    image (3, H, W) uint8; strength (H, W) in [0, 1]: 0 is transparent, for what is usual in normal
+    images, 0.5 the threshold, 1 red. One scale for all images of a detector.
+    """
+    heat = strength.double().numpy()[..., None]
+    plain = image.permute(1, 2, 0).numpy()
+    colour = np.concatenate([0 * heat + 255, 255 * (1 - heat), 0 * heat], -1)  # yellow to red
+    painted = plain + (colour - plain) * 0.8 * heat**0.5
+    if mask is not None:
+        inner = -torch.nn.functional.max_pool2d(-mask[None].float(), 3, stride=1, padding=1)[0]
+        painted[mask.numpy() & (inner == 0).numpy()] = (0, 255, 0)
+    height, width = strength.shape
+    picture = Image.new("RGB", (2 * width, height + CAPTION))
+    picture.paste(Image.fromarray(plain), (0, CAPTION))
+    picture.paste(Image.fromarray(painted.round().astype(np.uint8)), (width, CAPTION))
+    font = ImageFont.load_default(min(15, width // 18))
+    ImageDraw.Draw(picture).text((6, 5), text, fill="white", font=font)
+    return picture
+
+
+def write_sheet(path: Path, files: list[Path]) -> None:
+    """A contact sheet, two pictures a row, of the first SHEET files; none where there are none."""
+    path.unlink(missing_ok=True)  # of an earlier run
+    pictures = [Image.open(file) for file in files[:SHEET]]
+    if not pictures:
+        return
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (2 * width, (len(pictures) + 1) // 2 * height))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % 2 * width, i // 2 * height))
+    with atomic_path(path) as part:
+        sheet.save(part, "PNG")
 
 
 if __name__ == "__main__":

@@ -33,12 +33,12 @@ import math
 import os
 import re
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -131,10 +131,27 @@ def load_image(path: str | Path, size: int) -> Tensor:
     no crop and no padding, so that nothing of the part is lost (our choice). 16-bit images keep
     their whole range: 0..65535 becomes 0..255. Raises ValueError, naming the file, if it cannot.
     """
+    with _opened(path) as file:
+        image = _to_rgb(ImageOps.exif_transpose(file))
+        return F.pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def load_mask(path: str | Path, size: int) -> Tensor:
+    """Read where a defect is, all that is not black, resized by nearest neighbour: (size, size)
+    bool.
+
+    Raises ValueError, naming the file, if it cannot.
+    """
+    with _opened(path) as file:
+        mask = file.convert("L").resize((size, size), Image.Resampling.NEAREST)
+        return F.pil_to_tensor(mask)[0] > 0
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as file:
-            image = _to_rgb(ImageOps.exif_transpose(file))
-            return F.pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
+            yield file
     except Exception as error:  # a decoder raises whatever it likes on a broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"cannot read the image {path}: {reason}") from error
@@ -404,45 +421,40 @@ class Moments:
             return self
         if not samples.isfinite().all():
             raise DegenerateError("the samples have NaN or infinite entries: no Gaussian fits them")
-        new = Moments()._set_to(samples.to(torch.float64))
+        x = samples.to(torch.float64)
         if self.count == 0:
-            self.__dict__ = new.__dict__
-            return self
-        count = self.count + new.count
-        mean = self.mean + (new.mean - self.mean) * (new.count / count)
-        for part in (self, new):
-            part._move_to(mean)
-        self.count = count
-        self.scatter += new.scatter
-        self.cubic += new.cubic
-        self.quartic += new.quartic
-        return self
-
-    def _set_to(self, x: Tensor) -> Moments:
-        self.count = x.shape[-2]
-        self.mean = x.mean(-2)
-        y = x - self.mean.unsqueeze(-2)  # (..., N, C)
+            self._start(x)
+        self.count += x.shape[-2]
+        mean = self.mean + (x - self.mean.unsqueeze(-2)).sum(-2) / self.count
+        moved = self._move_to(mean, self.count - x.shape[-2])
+        y = x - mean.unsqueeze(-2)  # (..., N, C)
         squares = y.square().sum(-1, keepdim=True)  # (..., N, 1)
-        self.scatter = y.mT @ y
-        self.cubic = (squares * y).sum(-2)
-        self.quartic = squares.square().sum((-2, -1))
+        self.cubic += (squares * y).sum(-2)
+        self.quartic += squares.square().sum((-2, -1))
+        rows = torch.cat([y, moved.unsqueeze(-2)], -2)
+        self.scatter += rows.mT @ rows  # in place: a map's scatter takes hundreds of megabytes
         return self
 
-    def _move_to(self, mean: Tensor) -> None:
-        """Express the sums by y + s, s = μ - mean, with Σ y = 0 to simplify them."""
-        n, s = self.count, self.mean - mean  # s (..., C)
+    def _start(self, x: Tensor) -> None:
+        self.mean, self.cubic = x.new_zeros(x[..., 0, :].shape), x.new_zeros(x[..., 0, :].shape)
+        self.quartic = x.new_zeros(x.shape[:-2])
+        self.scatter = x.new_zeros(*x.shape[:-2], x.shape[-1], x.shape[-1])
+
+    def _move_to(self, mean: Tensor, n: int) -> Tensor:
+        """Express the sums of n samples by y + s, s = μ - mean, with Σ y = 0 to simplify them.
+
+        All but the scatter, to which n s sᵀ is still to be added: returns √n s.
+        """
+        s = self.mean - mean  # (..., C)
         trace = self.scatter.diagonal(dim1=-2, dim2=-1).sum(-1)
         scatter_s = (self.scatter @ s.unsqueeze(-1)).squeeze(-1)
         ss = s.square().sum(-1)
-        self.quartic = (
-            self.quartic
-            + 4 * (s * (self.cubic + scatter_s)).sum(-1)
-            + 2 * ss * trace
-            + n * ss.square()
+        self.quartic += (
+            4 * (s * (self.cubic + scatter_s)).sum(-1) + 2 * ss * trace + n * ss.square()
         )
-        self.cubic = self.cubic + 2 * scatter_s + (trace + n * ss).unsqueeze(-1) * s
-        self.scatter = self.scatter + n * s.unsqueeze(-1) * s.unsqueeze(-2)
+        self.cubic += 2 * scatter_s + (trace + n * ss).unsqueeze(-1) * s
         self.mean = mean
+        return math.sqrt(n) * s
 
     def ledoit_wolf(self) -> tuple[Tensor, Tensor]:
         """The shrunk covariance (..., C, C) and the shrinkage (...) in [0, 1] of the samples added.
@@ -494,7 +506,8 @@ def whitening_matrix(covariance: Tensor) -> Tensor:
 class Gaussian(nn.Module):
     """N(μ, Σ) as its mean (..., C) and whitening matrix (..., C, C), float64 buffers.
 
-    Leading dimensions are independent Gaussians: none for pooled features.
+    Leading dimensions are independent Gaussians: none for pooled features, (h, w) for a feature map
+    with a Gaussian at each location.
     """
 
     def __init__(self, mean: Tensor, whitening: Tensor) -> None:
@@ -503,8 +516,12 @@ class Gaussian(nn.Module):
         self.register_buffer("whitening", whitening)
 
     @classmethod
-    def fit(cls, moments: Moments) -> Gaussian:
+    def fit(cls, moments: Moments, floor: float = 0.0) -> Gaussian:
         """The Gaussian of the samples in `moments`, its covariance shrunk by Ledoit-Wolf.
+
+        floor       this share of the mean variance over all features and leading dimensions is
+                    added to each variance: a location that is blank in all images has none of its
+                    own, and no distance without
 
         Raises ValueError for fewer than three samples (of two, y_k y_kᵀ = S, and so the shrinkage
         is 0 and S singular), and where their spread is no more than float32's rounding.
@@ -512,9 +529,10 @@ class Gaussian(nn.Module):
         if moments.count < 3:
             raise ValueError(f"a Gaussian needs three samples at least, not {moments.count}")
         covariance, _ = moments.ledoit_wolf()
-        variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+        diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+        diagonal += floor * diagonal.mean()
         rounding = torch.finfo(torch.float32).eps ** 2 * moments.mean.square().mean(-1)
-        if (variance <= rounding).any():
+        if (diagonal.mean(-1) <= rounding).any():
             raise DegenerateError("the features do not vary: are the images all the same?")
         return cls(moments.mean, whitening_matrix(covariance))
 
@@ -533,38 +551,59 @@ class Gaussian(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 
+MAP_FLOOR = 1e-3  # of the mean variance, added at every location of a map (our choice)
+
+
 class GaussianAD(nn.Module):
-    """Gaussian anomaly detection: a feature extractor and one Gaussian per level.
+    """Gaussian anomaly detection: a feature extractor, one Gaussian per level, and for the anomaly
+    map one Gaussian per location of some levels.
 
     Images are what FeatureExtractor takes, on the detector's device, all of one size. That is a
     CPU or a CUDA GPU, and `.half()` or `.float()` would take the Gaussians out of float64. On a GPU
     switch TF32 off where scores are made (`torch.backends.cudnn.allow_tf32 = False`): the
     directions of least variance carry the signal, and they are the first that rounding drowns.
+
+    map_levels      levels of the extractor that make the anomaly map; by default those of stride
+                    16 (or nearest to it): coarser ones lose the place, finer ones know the texture
+                    but not the part. The Gaussians of a level take 8 h w C² bytes
+
+    Raises ValueError for a map level that the extractor has not.
     """
 
-    def __init__(self, extractor: FeatureExtractor) -> None:
+    def __init__(
+        self, extractor: FeatureExtractor, map_levels: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         self.extractor = extractor
+        self.map_levels = _checked_map_levels(map_levels, extractor)
         self.gaussians = nn.ModuleList()  # one per level, once fitted
+        self.map_gaussians = nn.ModuleList()  # one per map level, each (h, w) Gaussians
         self.image_size: list[int] | None = None  # [H, W] of the images it was fitted to
+        self._set_calibration(math.nan, math.nan, math.nan)
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor]) -> GaussianAD:
-        """Fit the Gaussian of each level to normal images in one pass. Returns self.
+        """Fit all Gaussians to normal images in one pass, in constant memory. Returns self.
 
-        Raises ValueError for fewer than three images, images of several sizes, or features that
-        are not finite or do not vary.
+        What `calibrate` stored is gone with the Gaussians it belonged to. Raises ValueError for
+        fewer than three images, images of several sizes, or features that are not finite or do not
+        vary.
         """
-        moments = [Moments() for _ in self.extractor.levels]
-        sizes = set()
+        pooled, located = defaultdict(Moments), defaultdict(Moments)
+        size = None
         for images in batches:
-            sizes.add(tuple(images.shape[-2:]))
-            for level, features in zip(moments, self._pooled(images)):
-                level.add(features)
-        if len(sizes) > 1:
-            raise ValueError(f"images of several sizes, {sorted(sizes)}: resize them to one")
-        self.gaussians = nn.ModuleList(Gaussian.fit(level) for level in moments)
-        self.image_size = list(sizes.pop())
+            size = size or images.shape[-2:]
+            if images.shape[-2:] != size:
+                sizes = [list(size), list(images.shape[-2:])]
+                raise ValueError(f"images of several sizes, {sizes}: resize them to one")
+            for level, features in zip(self.extractor.levels, self.extractor(images)):
+                pooled[level].add(features.mean((-2, -1)))  # (B, C)
+                if level in self.map_levels:
+                    located[level].add(features.permute(2, 3, 0, 1))  # (h, w, B, C)
+        self.gaussians = _fit_all(self.extractor.levels, pooled)
+        self.map_gaussians = _fit_all(self.map_levels, located, MAP_FLOOR)
+        self.image_size = list(size)
+        self._set_calibration(math.nan, math.nan, math.nan)
         return self
 
     def forward(self, images: Tensor) -> Tensor:
@@ -572,11 +611,73 @@ class GaussianAD(nn.Module):
 
         Raises ValueError before fit, or for images of another size than the fitted ones.
         """
+        return self._scores(self._features(images))
+
+    def anomaly_map(self, images: Tensor) -> Tensor:
+        """Anomaly score of each pixel, (B, H, W) float32, at the size of the images.
+
+        The Mahalanobis distance at each location of a map level to the Gaussian of that location,
+        bilinearly resized to the image and summed over the map levels (our choice; a Gaussian per
+        location is PaDiM's, Defard et al. 2020). Raises ValueError as `forward`.
+        """
+        return self._maps(self._features(images))
+
+    def scores_and_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` and `anomaly_map` from one pass through the network: (B,) and (B, H, W)."""
+        features = self._features(images)
+        return self._scores(features), self._maps(features)
+
+    def _features(self, images: Tensor) -> dict[int, Tensor]:
         if self.image_size != list(images.shape[-2:]):
             fitted = f"was fitted to {self.image_size}" if self.image_size else "is not fitted"
             raise ValueError(f"images of {list(images.shape[-2:])}, but the detector {fitted}")
-        levels = zip(self.gaussians, self._pooled(images))
-        return torch.stack([gaussian.distance(features) for gaussian, features in levels]).sum(0)
+        return dict(zip(self.extractor.levels, self.extractor(images)))
+
+    def _scores(self, features: dict[int, Tensor]) -> Tensor:
+        levels = zip(self.gaussians, features.values())
+        distances = [gaussian.distance(maps.mean((-2, -1))) for gaussian, maps in levels]
+        return torch.stack(distances).sum(0)
+
+    def _maps(self, features: dict[int, Tensor]) -> Tensor:
+        total = 0
+        for level, gaussian in zip(self.map_levels, self.map_gaussians):
+            distance = gaussian.distance(features[level].permute(0, 2, 3, 1))  # (B, h, w)
+            total = total + nn.functional.interpolate(
+                distance.float().unsqueeze(1), self.image_size, mode="bilinear"
+            )
+        return total.squeeze(1)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor], quantile: float = 0.99) -> GaussianAD:
+        """Learn from held-out normal images what is usual. Returns self.
+
+        threshold       () what a share `quantile` of normal images score below (`tail_quantile`)
+        map_threshold   () the same of the maximum of an image's map
+        map_usual       () the median over images of the 99 % quantile of the map's pixels: with
+                        map_threshold, a scale of colours that is the same for all images
+
+        An image above a threshold is told anomalous. Raises ValueError before fit, or where there
+        is no image.
+        """
+        found = []
+        for images in batches:
+            scores, maps = self.scores_and_maps(images)
+            values = maps.flatten(1).sort()[0].double()
+            usual = values[:, int(0.99 * values.shape[1])]
+            found.append(torch.stack([scores, values[:, -1], usual]))
+        if not found:
+            raise ValueError("no normal images to calibrate by")
+        scores, maxima, usual = torch.cat(found, 1)
+        self._set_calibration(
+            tail_quantile(scores, quantile), tail_quantile(maxima, quantile), usual.median().item()
+        )
+        return self
+
+    def _set_calibration(self, threshold: float, map_threshold: float, map_usual: float) -> None:
+        new = partial(torch.tensor, dtype=torch.float64, device=self.extractor.mean.device)
+        self.register_buffer("threshold", new(threshold))
+        self.register_buffer("map_threshold", new(map_threshold))
+        self.register_buffer("map_usual", new(map_usual))
 
     def loss(self, images: Tensor) -> Tensor:
         """The mean score of normal images, which fine-tuning minimises; the Gaussian is fixed.
@@ -585,13 +686,11 @@ class GaussianAD(nn.Module):
         """
         return self.forward(images).mean()
 
-    def _pooled(self, images: Tensor) -> list[Tensor]:
-        return [features.mean((-2, -1)) for features in self.extractor(images)]  # (B, C_l)
-
     def save(self, path: str | Path) -> None:
         """Write tensors and settings, all that `load` needs, atomically to `path`."""
         settings = {"backbone": self.extractor.backbone, "levels": self.extractor.levels}
-        content = {"settings": settings, "image_size": self.image_size, "state": self.state_dict()}
+        content = {"settings": settings, "map_levels": self.map_levels,
+                   "image_size": self.image_size, "state": self.state_dict()}
         with atomic_path(path) as part:
             torch.save(content, part)
 
@@ -604,15 +703,61 @@ class GaussianAD(nn.Module):
         content = load_plain(path, device)
         try:
             with torch.device("meta"):  # no memory and no random numbers for weights to come
-                detector = cls(FeatureExtractor(**content["settings"], weights="random"))
+                extractor = FeatureExtractor(**content["settings"], weights="random")
+                detector = cls(extractor, content["map_levels"])
             state, detector.image_size = content["state"], content["image_size"]
-            for i in range(len(detector.extractor.levels) if detector.image_size else 0):
-                mean, whitening = f"gaussians.{i}.mean", f"gaussians.{i}.whitening"
-                detector.gaussians.append(Gaussian(state[mean], state[whitening]))
+            for name, levels in (("gaussians", extractor.levels),
+                                 ("map_gaussians", detector.map_levels)):
+                for i in range(len(levels) if detector.image_size else 0):
+                    mean, whitening = state[f"{name}.{i}.mean"], state[f"{name}.{i}.whitening"]
+                    getattr(detector, name).append(Gaussian(mean, whitening))
             detector.load_state_dict(state, assign=True)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is not a detector saved by this program") from error
         return detector
+
+
+def _checked_map_levels(levels: Sequence[int] | None, extractor: FeatureExtractor) -> list[int]:
+    if levels is None:  # strides are powers of two: see how far each level shrinks an image
+        with torch.no_grad():
+            maps = extractor(extractor.mean.new_zeros(1, 3, 64, 64))
+        off = [abs(math.log2(64 / features.shape[-1]) - 4) for features in maps]
+        levels = [level for level, octaves in zip(extractor.levels, off) if octaves == min(off)]
+    levels = sorted(set(levels))
+    if not levels or not set(levels) <= set(extractor.levels):
+        raise ValueError(f"map levels {levels} are not among the levels {extractor.levels}")
+    return levels
+
+
+def _fit_all(
+    levels: Sequence[int], moments: dict[int, Moments], floor: float = 0.0
+) -> nn.ModuleList:
+    # popped, so that a level's sums are gone when the next level's Gaussians are computed
+    return nn.ModuleList(Gaussian.fit(moments.pop(level, Moments()), floor) for level in levels)
+
+
+def tail_quantile(scores: Tensor, quantile: float) -> float:
+    """The value that a share `quantile`, in (0, 1), of future scores stays below; scores (N,).
+
+    Few scores do not reach far into the tail, so it is extrapolated. The excess of the highest
+    fifth over the next score u is taken as exponential, the limit for Gaussian-like tails
+    (Pickands 1975). Its mean is known from k excesses only; averaged over what it may be, the
+    next excess follows P(excess > x) = (1 + x / Σ excess)^-k, and so
+
+        t = u + Σ excess · ((k / (N (1 - quantile)))^(1/k) - 1),  k scores above u
+
+    At 99 % this keeps 0.4 to 1.3 % of normal, log-normal and gamma scores above t for N from 5 to
+    200 (our choice). Where N is so large that t would lie below u, it is the empirical quantile.
+    Raises ValueError for no scores, NaN, or a quantile out of range.
+    """
+    if not 0 < quantile < 1 or not len(scores) or scores.isnan().any():
+        raise ValueError("a quantile in (0, 1) of at least one score, none of them NaN, is needed")
+    n, scores = len(scores), scores.double().sort(descending=True)[0]
+    k = min(max(2, n // 5), n - 1)
+    if k < 1 or k <= n * (1 - quantile):
+        return scores.quantile(quantile).item()
+    excess = (scores[:k] - scores[k]).sum()
+    return (scores[k] + excess * ((k / (n * (1 - quantile))) ** (1 / k) - 1)).item()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -748,3 +893,80 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     in_run = anomalous.diff(prepend=anomalous.new_zeros(1))
     below = normal - normal.diff(prepend=normal.new_zeros(1))
     return int((in_run * (below + normal)).sum()) / (2 * n_anomalous * n_normal)
+
+
+def aupro(maps: Tensor, masks: Tensor, fpr_limit: float = 0.3) -> float:
+    """Area under the per-region-overlap curve up to a false-positive rate, over that rate: [0, 1].
+
+    Every value of the maps is a threshold t, and the pixels with map >= t are told anomalous. PRO
+    (Bergmann et al. 2021, "The MVTec Anomaly Detection Dataset", IJCV) is the share of a true
+    region that is told, the mean over regions; FPR the share of normal pixels that is. The curve
+    from (0, 0) is linear between thresholds, and its last point interpolated at the limit.
+
+    maps        (N, H, W), the higher, the more anomalous
+    masks       (N, H, W), 1 or True where anomalous; regions are 8-connected
+
+    Exact: no bins. Raises ValueError for NaN, for other shapes or masks, where no pixel is
+    anomalous or none normal, and for a limit outside (0, 1].
+    """
+    if maps.ndim != 3 or maps.shape != masks.shape or not ((masks == 0) | (masks == 1)).all():
+        raise ValueError("AU-PRO needs maps and masks of 0 and 1, both (N, H, W)")
+    if not 0 < fpr_limit <= 1:
+        raise ValueError(f"AU-PRO needs a limit in (0, 1], not {fpr_limit}")
+    if maps.isnan().any():
+        raise DegenerateError("AU-PRO needs maps that are numbers; there are NaNs among them")
+    anomalous = masks.flatten() == 1
+    if anomalous.all() or not anomalous.any():
+        raise ValueError("AU-PRO needs anomalous and normal pixels, both")
+    regions = label_regions(masks == 1).flatten()
+    size = regions.bincount()[regions]  # of the region that a pixel lies in
+    n_regions = (1 / size[anomalous].double()).sum().round()
+    step = (1 / (n_regions * size.double())).where(anomalous, 0)  # PRO gained by telling a pixel
+    values, order = maps.flatten().sort(descending=True)
+    last = torch.cat([values.diff() != 0, values.new_ones(1, dtype=torch.bool)])  # of equal values
+    pro = step[order].cumsum(0)[last]
+    normal = (~anomalous)[order].cumsum(0)[last].double()
+    area = _area_up_to(fpr_limit, normal / normal[-1], pro)
+    return min(1.0, area / fpr_limit)  # rounding can carry a perfect map past 1
+
+
+def _area_up_to(limit: float, x: Tensor, y: Tensor) -> float:
+    """∫ y dx from 0 to the limit, 0 < limit <= x[-1], of the polygon (0, 0), (x_1, y_1), …"""
+    zero = x.new_zeros(1)
+    x, y = torch.cat([zero, x]), torch.cat([zero, y])
+    end = int(torch.searchsorted(x, limit))  # the first point at or past the limit
+    share = (limit - x[end - 1]) / (x[end] - x[end - 1])
+    y_limit = y[end - 1] + share * (y[end] - y[end - 1])
+    x, y = torch.cat([x[:end], zero + limit]), torch.cat([y[:end], zero + y_limit])
+    return torch.trapezoid(y, x).item()
+
+
+def label_regions(masks: Tensor) -> Tensor:
+    """Number the 8-connected regions of masks (N, H, W) bool: (N, H, W) int64, 0 where normal.
+
+    Each region has a number of its own over all masks, not consecutive: 1 + the last of its pixels.
+    """
+    labels = torch.zeros(masks.shape, dtype=torch.int64, device=masks.device)
+    numbers = torch.arange(1, masks.numel() + 1, device=masks.device).view(masks.shape)
+    for i in masks.flatten(1).any(1).nonzero().flatten().tolist():
+        rows, columns = (masks[i].any(axis).nonzero() for axis in (1, 0))
+        box = i, slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+        labels[box] = _last_of_region(numbers[box], masks[box])
+    return labels
+
+
+def _last_of_region(numbers: Tensor, mask: Tensor) -> Tensor:
+    """Let every pixel of a region in a mask (H, W) take the highest number in it; 0 where normal.
+
+    Each pixel points to one of its region, at first itself. It looks at its neighbours for one
+    that points further on, then follows the pointer of where it points to, which about doubles
+    the way it sees, until nothing moves.
+    """
+    pointer = torch.arange(1.0, mask.numel() + 1, dtype=torch.float64, device=mask.device)
+    pointer = pointer.view(mask.shape) * mask  # float64, as max_pool2d takes no integers
+    while True:
+        seen = nn.functional.max_pool2d(pointer[None], 3, stride=1, padding=1)[0] * mask
+        further = seen.flatten()[(seen.long() - 1).clamp(min=0)] * mask
+        if torch.equal(further, pointer):
+            return numbers.flatten()[(pointer.long() - 1).clamp(min=0)] * mask
+        pointer = further

@@ -173,6 +173,103 @@ def test_auroc_of_what_has_none_is_an_error(scores, labels):
 
 
 # ------------------------------------------------------------------------------------------------
+# AU-PRO
+# ------------------------------------------------------------------------------------------------
+
+
+def naive_regions(mask):
+    """The 8-connected regions of a mask (H, W), each a list of its pixels, by flood fill."""
+    left, regions = set(zip(*np.nonzero(mask))), []
+    while left:
+        region, edge = [], [left.pop()]
+        while edge:
+            row, column = edge.pop()
+            region.append((row, column))
+            near = {(row + i, column + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            left -= near
+            edge.extend(near)
+        regions.append(region)
+    return regions
+
+
+def naive_aupro(maps, masks, limit):
+    """Every score a threshold, one after the other; trapezoids, the last one cut at the limit."""
+    regions = [[(i, *pixel) for pixel in region]
+               for i, mask in enumerate(masks) for region in naive_regions(mask)]  # fmt: skip
+    area, x0, y0 = 0.0, 0.0, 0.0
+    for threshold in np.unique(maps)[::-1]:
+        told = maps >= threshold
+        x = told[masks == 0].mean()
+        y = np.mean([np.mean([told[pixel] for pixel in region]) for region in regions])
+        if x >= limit:
+            y = y0 + (y - y0) * (limit - x0) / (x - x0)
+            return (area + (limit - x0) * (y0 + y) / 2) / limit
+        area, x0, y0 = area + (x - x0) * (y0 + y) / 2, x, y
+
+
+def random_masks(kind, rng):
+    masks = np.zeros((4, 14, 17), bool)
+    if kind == "touching":  # by a corner: one region
+        masks[0, :5, :5] = masks[0, 5:8, 5:9] = masks[2, 3, 3] = True
+    if kind == "tiny":
+        masks[1, 4, 4] = masks[1, 4, 6] = masks[3, 0, 16] = True
+    if kind == "filling":
+        masks[2], masks[1, 2:4, :] = True, True
+    if kind == "random":
+        masks = rng.random(masks.shape) < 0.3
+    return masks
+
+
+@pytest.mark.parametrize("kind", ["touching", "tiny", "filling", "random"])
+@pytest.mark.parametrize("distinct", [5, 10**6])  # many ties, and none
+def test_aupro_equals_brute_force(kind, distinct):
+    rng = np.random.default_rng(0)
+    for limit in (0.05, 0.3, 1.0):
+        masks = random_masks(kind, rng)
+        maps = rng.integers(0, distinct, masks.shape) / distinct + 0.3 * masks
+        found = gaussad.aupro(torch.tensor(maps), torch.tensor(masks), limit)
+        assert found == pytest.approx(naive_aupro(maps, masks, limit), abs=1e-9)
+        assert 0 <= found <= 1
+
+
+def test_regions_are_those_of_a_flood_fill():
+    masks = np.random.default_rng(0).random((6, 20, 30)) < 0.4
+    masks[5] = False
+    masks[5, ::2] = masks[5, 1::4, -1] = masks[5, 3::4, 0] = True  # one long serpentine
+    labels = gaussad.label_regions(torch.tensor(masks)).numpy()
+    regions = [(i, region) for i, mask in enumerate(masks) for region in naive_regions(mask)]
+    assert ((labels > 0) == masks).all() and sum(i == 5 for i, _ in regions) == 1
+    numbers = [{labels[(i, *pixel)] for pixel in region} for i, region in regions]
+    assert all(len(number) == 1 for number in numbers)
+    assert len(set.union(*numbers)) == len(regions)
+
+
+def test_aupro_of_a_perfect_and_of_an_inverted_map():
+    masks = torch.zeros(2, 20, 20, dtype=torch.bool)
+    masks[0, 5:8, 5:8] = True
+    assert gaussad.aupro(masks.float(), masks) == 1
+    assert gaussad.aupro(-masks.float(), masks) == 0
+
+
+@pytest.mark.parametrize(
+    "maps, masks, message",
+    [
+        (torch.rand(2, 4, 4), torch.zeros(2, 4, 4), "anomalous and normal pixels"),
+        (torch.rand(2, 4, 4), torch.ones(2, 4, 4), "anomalous and normal pixels"),
+        (torch.full((2, 4, 4), torch.nan), torch.eye(4).expand(2, 4, 4), "NaN"),
+        (torch.rand(2, 4, 4), torch.rand(2, 4, 4), "0 and 1"),
+        (torch.rand(2, 4, 4), torch.ones(2, 4, 5), r"\(N, H, W\)"),
+        (torch.rand(4, 4), torch.ones(4, 4), r"\(N, H, W\)"),
+    ],
+)
+def test_aupro_of_what_has_none_is_an_error(maps, masks, message):
+    with pytest.raises(ValueError, match=message):
+        gaussad.aupro(maps, masks)
+    with pytest.raises(ValueError, match="limit"):
+        gaussad.aupro(torch.rand(1, 4, 4), torch.eye(4)[None], 0.0)
+
+
+# ------------------------------------------------------------------------------------------------
 # Features
 # ------------------------------------------------------------------------------------------------
 
@@ -276,13 +373,90 @@ def test_score_is_the_sum_of_distances_of_pooled_features(fitted):
     assert detector.loss(images).item() == pytest.approx(expected.mean(), rel=1e-4)
 
 
+@torch.no_grad()
+def test_map_is_the_distance_at_each_location_resized_and_summed(fitted):
+    detector, images = fitted
+    assert detector.map_levels == [9]  # of stride 16
+    detector = GaussianAD(detector.extractor, [4, 9]).fit(images.split(7))
+    expected = 0
+    for features in detector.extractor(images)[1:]:
+        x = features.double().permute(2, 3, 0, 1).numpy()
+        found = np.array([[naive_ledoit_wolf(at)[0] for at in row] for row in x])
+        floor = 1e-3 * np.trace(found, axis1=2, axis2=3).mean() / x.shape[-1]
+        inverse = np.linalg.inv(found + floor * np.eye(x.shape[-1]))
+        y = x - x.mean(2, keepdims=True)
+        distance = torch.tensor(np.sqrt(np.einsum("hwni,hwij,hwnj->nhw", y, inverse, y)))
+        expected = expected + torch.nn.functional.interpolate(
+            distance[:, None], (64, 64), mode="bilinear"
+        )
+    scores, maps = detector.scores_and_maps(images)
+    assert maps.shape == (24, 64, 64) and maps.dtype == torch.float32
+    assert relative(maps, expected[:, 0]) < 1e-3
+    assert torch.equal(maps, detector.anomaly_map(images))
+    assert torch.equal(scores, detector(images))
+
+
+@torch.no_grad()
+def test_map_points_at_the_defect_even_where_all_normal_images_are_blank(fitted):
+    torch.manual_seed(0)
+    images = torch.rand(30, 3, 64, 64)
+    images[..., :48] = 0.5  # with the features of half the locations constant
+    detector = GaussianAD(fitted[0].extractor, [2]).fit([images])
+    image = images[:1].clone()
+    image[..., 20:28, 8:16] = 1.0
+    maps = detector.anomaly_map(image)[0]
+    assert maps.isfinite().all()
+    row, column = divmod(maps.argmax().item(), 64)
+    assert 12 <= row < 36 and column < 24
+
+
+@torch.no_grad()
+def test_calibration_is_of_the_images_given_and_ends_with_the_fit(fitted):
+    images = fitted[1]
+    detector = GaussianAD(fitted[0].extractor).fit([images])
+    assert detector.threshold.isnan() and detector.map_threshold.isnan()
+    held_out = torch.rand(12, 3, 64, 64)
+    detector.calibrate(held_out.split(5))
+    scores, maps = detector.scores_and_maps(held_out)
+    assert detector.threshold > scores.max() and detector.map_threshold > maps.max()
+    assert detector.threshold == gaussad.tail_quantile(scores, 0.99)
+    usual = np.sort(maps.flatten(1).numpy())[:, int(0.99 * 64 * 64)]
+    assert np.sort(usual)[5] == detector.map_usual
+    detector.fit([images])
+    assert detector.threshold.isnan() and detector.map_usual.isnan()
+    with pytest.raises(ValueError, match="no normal images"):
+        detector.calibrate([])
+
+
+@pytest.mark.parametrize("n, tolerance", [(6, 0.007), (30, 0.005), (64, 0.004), (2000, 0.002)])
+def test_tail_quantile_keeps_the_false_alarm_rate(n, tolerance):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: 40 + 5 * rng.gamma(20, size=shape) / 20**0.5
+    future, thresholds = draw(10**5), []
+    for scores in draw(200, n):
+        thresholds.append(gaussad.tail_quantile(torch.tensor(scores), 0.99))
+    assert (future[:, None] > np.array(thresholds)).mean() == pytest.approx(0.01, abs=tolerance)
+
+
+def test_tail_quantile_of_few_many_and_equal_scores():
+    many = torch.rand(3000, dtype=torch.float64)
+    assert gaussad.tail_quantile(many, 0.5) == pytest.approx(np.quantile(many, 0.5), abs=1e-12)
+    assert gaussad.tail_quantile(torch.tensor([2.0]), 0.99) == 2
+    assert gaussad.tail_quantile(torch.full((9,), 3.0), 0.99) == 3
+    for scores, quantile in (([], 0.9), ([1.0, float("nan")], 0.9), ([1.0, 2.0], 1.0)):
+        with pytest.raises(ValueError, match="quantile"):
+            gaussad.tail_quantile(torch.tensor(scores), quantile)
+
+
 def test_saved_detector_is_the_same_to_the_bit_and_needs_no_download(fitted, tmp_path):
     detector, images = fitted
-    detector.save(tmp_path / "detector.pt")
+    detector.calibrate([images]).save(tmp_path / "detector.pt")
     generator_state = torch.random.get_rng_state()
     loaded = GaussianAD.load(tmp_path / "detector.pt")
     assert torch.equal(torch.random.get_rng_state(), generator_state)
     assert torch.equal(loaded(images), detector(images))
+    assert torch.equal(loaded.anomaly_map(images), detector.anomaly_map(images))
+    assert loaded.threshold == detector.threshold and not loaded.threshold.isnan()
     assert all(p.requires_grad for p in loaded.parameters())  # it can be trained on
     assert [path.name for path in tmp_path.iterdir()] == ["detector.pt"]
 
@@ -322,6 +496,9 @@ def test_misuse_of_a_detector_is_an_error(fitted):
         GaussianAD(FeatureExtractor(BACKBONE, [2], "random"))(images)
     with pytest.raises(ValueError, match="was fitted to"):
         detector(images[..., :32])
+    for levels in ([3], []):
+        with pytest.raises(ValueError, match="map levels"):
+            GaussianAD(detector.extractor, levels)
     with pytest.raises(ValueError, match="several sizes"):
         GaussianAD(detector.extractor).fit([images, images[..., :32]])
     for batches in ([], [images[:2]]):
@@ -539,6 +716,67 @@ def test_evaluate_writes_metrics_and_scores(trained, demo, cli):
     with torch.no_grad():
         expected = GaussianAD.load(folder / "detector.pt")(images)
     assert [float(row["score"]) for row in last] == expected.tolist()
+    maxima = np.array([float(row["map_maximum"]) for row in rows])
+    expected = metrics_of(labels, maxima)
+    assert metrics["image_auroc_from_map"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_pixel_metrics_are_those_of_the_maps_and_masks(trained, demo, cli):
+    metrics_of = pytest.importorskip("sklearn.metrics").roc_auc_score
+    folder, _ = trained
+    code, _, error = cli("evaluate.py", "--data", demo, "--category", "demo", "--out", folder)
+    assert code == 0, error
+    metrics = json.loads((folder / "metrics.json").read_text())
+    samples = gaussad.list_samples(demo, "demo", "test")
+    images = torch.stack([gaussad.load_image(sample.path, 64) for sample in samples])
+    with torch.no_grad():
+        maps = GaussianAD.load(folder / "detector.pt").anomaly_map(images).numpy()
+    masks = np.stack([np.asarray(Image.open(s.mask)) > 0 if s.mask else np.zeros((64, 64), bool)
+                      for s in samples])  # fmt: skip
+    expected = metrics_of(masks.ravel(), maps.ravel())
+    assert metrics["pixel_auroc"] == pytest.approx(expected, abs=1e-6)
+    assert metrics["aupro"] == pytest.approx(gaussad.aupro(*map(torch.tensor, (maps, masks))), 1e-4)
+    assert metrics["n_without_mask"] == 0
+
+
+def test_pictures_of_every_image_on_one_scale(trained, demo, cli):
+    folder, _ = trained
+    code, output, error = cli("evaluate.py", "--data", demo, "--category", "demo", "--out", folder,
+                              "--pictures")  # fmt: skip
+    assert code == 0 and "Pictures are in" in output, error
+    names = {path.name for path in (folder / "pictures").iterdir()}
+    assert len(names - {"misses.png", "false_alarms.png"}) == 40 and "good_003.png" in names
+    rows = csv.DictReader((folder / "scores.csv").open(newline=""))
+    sample = max((row for row in rows if row["label"] == "1"), key=lambda r: float(r["map_maximum"]))
+    defect, sample = sample["defect"], Path(sample["path"])
+    picture = np.asarray(Image.open(folder / f"pictures/{defect}_{sample.name}")).astype(int)
+    height = picture.shape[0] - 64
+    plain, painted = picture[height:, :64], picture[height:, 64:]
+    assert (plain == gaussad.load_image(sample, 64).permute(1, 2, 0).numpy()).all()
+    mask = demo / "demo/ground_truth" / defect / f"{sample.stem}_mask.png"
+    mask = np.asarray(Image.open(mask)) > 0
+    outline = (painted == (0, 255, 0)).all(-1)
+    assert outline.any() and not (outline & ~mask).any()
+    detector = GaussianAD.load(folder / "detector.pt")
+    with torch.no_grad():
+        heat = detector.anomaly_map(gaussad.load_image(sample, 64)[None])[0].numpy()
+    usual, threshold = detector.map_usual.item(), detector.map_threshold.item()
+    heat = ((heat - usual) / (threshold - usual)).clip(0, 2)[..., None] / 2
+    colour = np.concatenate([0 * heat + 1, 1 - heat, 0 * heat], -1) * 255
+    expected = plain + (colour - plain) * 0.8 * np.sqrt(heat)
+    assert heat.max() > 0 and np.abs(painted - expected)[~outline].max() < 2
+
+
+def test_category_without_masks_gets_what_can_be_computed(trained, demo, cli, tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo/test").symlink_to(demo / "demo/test")
+    code, output, error = cli("evaluate.py", "--data", tmp_path, "--category", "demo",
+                              "--out", trained[0], "--pictures")  # fmt: skip
+    assert code == 0 and "24 anomalous images have no mask" in output, error
+    metrics = json.loads((trained[0] / "metrics.json").read_text())
+    assert metrics["pixel_auroc"] is None and metrics["aupro"] is None
+    assert metrics["image_auroc"] > 0 and metrics["image_auroc_from_map"] > 0
+    assert metrics["n_without_mask"] == 24
 
 
 def test_same_seed_same_bits(trained, demo, cli, tmp_path):
@@ -609,6 +847,7 @@ def broken(demo, tmp_path_factory):
         ("--data DEMO --category demo --levels 0 3", "levels of mobilenet_v3_small are 1 to 13"),
         ("--data DEMO --category demo --levels 99", "levels of mobilenet_v3_small are 1 to 13"),
         ("--data DEMO --category demo --levels", "--levels"),
+        ("--data DEMO --category demo --map-levels 99", "map levels .99. are not among"),
         ("--data DEMO --category demo --image-size 0", "--image-size"),
         ("--data DEMO --category demo --epochs -1", "--epochs"),
         ("--data DEMO --category demo --lr nan", "--lr"),
@@ -687,3 +926,12 @@ def test_frozen_mobilenet_on_screw_agrees_with_an_independent_program():
         scores = torch.cat([detector(batch) for batch in images])
     found = gaussad.auroc(scores, torch.tensor([s.label for s in test]))
     assert 100 * found == pytest.approx(77.5, abs=2)
+    detector = GaussianAD(FeatureExtractor("mobilenet_v2", [14], weights))
+    detector.fit(gaussad.Images([s.path for s in fit], 320).batches(16))
+    with torch.inference_mode():
+        images = gaussad.Images([s.path for s in test], 320).batches(16)
+        maps = torch.cat([detector.anomaly_map(batch) for batch in images])
+    none = torch.zeros(320, 320, dtype=torch.bool)
+    masks = torch.stack([gaussad.load_mask(s.mask, 320) if s.mask else none for s in test])
+    assert 100 * gaussad.auroc(maps, masks) == pytest.approx(98.5, abs=0.5)
+    assert 100 * gaussad.aupro(maps, masks) == pytest.approx(93.7, abs=1)

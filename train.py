@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         make_folder(args.data)
         draw_demo(args.data, args.image_size)
     normal, held_out = split_normal(list_samples(args.data, args.category, "train"), args.seed)
-    detector = GaussianAD(make_extractor(args)).to(device)
+    detector = GaussianAD(make_extractor(args), args.map_levels).to(device)
     make_folder(args.out)
     images = Images([sample.path for sample in normal], args.image_size, args.workers)
     validator = make_validator([sample.path for sample in held_out], args)
@@ -69,6 +69,8 @@ def parse(argv: list[str] | None) -> Namespace:
     model.add_argument("--levels", type=int, nargs="+", metavar="L",
                        help="feature levels, from 1 (default: all; of a MobileNet, the last "
                             "block of each stage)")
+    model.add_argument("--map-levels", type=int, nargs="+", metavar="L",
+                       help="levels that make the anomaly map (default: those of stride 16)")
     model.add_argument("--image-size", type=number(int, 32, 4096), default=380, metavar="PX",
                        help="side of the square that images are resized to (default: 380)")
     tuning = parser.add_argument_group("fine-tuning")
@@ -123,7 +125,8 @@ def train(detector: GaussianAD, images: Images, validator: AugmentationValidator
     The best detector is on disk as soon as it is known, refitted as it was judged.
     """
     settings = {key: str(value) if isinstance(value, Path) else value
-                for key, value in vars(args).items()} | {"levels": detector.extractor.levels}
+                for key, value in vars(args).items()}
+    settings |= {"levels": detector.extractor.levels, "map_levels": detector.map_levels}
     epochs, best = [], 0
     print(heading(validator))
     for record in fine_tune(detector, images, validator, args, device):
@@ -131,6 +134,8 @@ def train(detector: GaussianAD, images: Images, validator: AugmentationValidator
         value = record["validator"]["mean"]
         if record["epoch"] == 0 or value > epochs[best]["validator"]["mean"]:
             best = record["epoch"]
+            held_out = validator.normal.split(args.batch_size)
+            detector.calibrate(batch.to(device) for batch in held_out)
             detector.save(args.out / "detector.pt")
             for name in ("metrics.json", "scores.csv"):  # of a detector that is no more
                 (args.out / name).unlink(missing_ok=True)
