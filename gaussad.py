@@ -747,14 +747,14 @@ def tail_quantile(scores: Tensor, quantile: float) -> float:
         t = u + Σ excess · ((k / (N (1 - quantile)))^(1/k) - 1),  k scores above u
 
     At 99 % this keeps 0.4 to 1.3 % of normal, log-normal and gamma scores above t for N from 5 to
-    200 (our choice). Where N is so large that t would lie below u, it is the empirical quantile.
+    200 (our choice). Where ten scores or more lie past the quantile, it is the empirical one.
     Raises ValueError for no scores, NaN, or a quantile out of range.
     """
     if not 0 < quantile < 1 or not len(scores) or scores.isnan().any():
         raise ValueError("a quantile in (0, 1) of at least one score, none of them NaN, is needed")
     n, scores = len(scores), scores.double().sort(descending=True)[0]
     k = min(max(2, n // 5), n - 1)
-    if k < 1 or k <= n * (1 - quantile):
+    if k == 0 or n * (1 - quantile) >= min(k, 10):
         return scores.quantile(quantile).item()
     excess = (scores[:k] - scores[k]).sum()
     return (scores[k] + excess * ((k / (n * (1 - quantile))) ** (1 / k) - 1)).item()

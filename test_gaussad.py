@@ -747,8 +747,9 @@ def test_pictures_of_every_image_on_one_scale(trained, demo, cli):
     names = {path.name for path in (folder / "pictures").iterdir()}
     assert len(names - {"misses.png", "false_alarms.png"}) == 40 and "good_003.png" in names
     rows = csv.DictReader((folder / "scores.csv").open(newline=""))
-    sample = max((row for row in rows if row["label"] == "1"), key=lambda r: float(r["map_maximum"]))
-    defect, sample = sample["defect"], Path(sample["path"])
+    rows = [(float(row["map_maximum"]), row["defect"], row["path"]) for row in rows]
+    _, defect, sample = max(row for row in rows if row[1] != "good")
+    sample = Path(sample)
     picture = np.asarray(Image.open(folder / f"pictures/{defect}_{sample.name}")).astype(int)
     height = picture.shape[0] - 64
     plain, painted = picture[height:, :64], picture[height:, 64:]
