@@ -585,9 +585,9 @@ class GaussianAD(nn.Module):
     def fit(self, batches: Iterable[Tensor]) -> GaussianAD:
         """Fit all Gaussians to normal images in one pass, in constant memory. Returns self.
 
-        What `calibrate` stored is gone with the Gaussians it belonged to. Raises ValueError for
-        fewer than three images, images of several sizes, or features that are not finite or do not
-        vary.
+        What `calibrate` stored stays, so that thresholds can be had from images held out, and the
+        Gaussians then be fitted to all. Raises ValueError for fewer than three images, images of
+        several sizes, or features that are not finite or do not vary.
         """
         pooled, located = defaultdict(Moments), defaultdict(Moments)
         size = None
@@ -603,7 +603,6 @@ class GaussianAD(nn.Module):
         self.gaussians = _fit_all(self.extractor.levels, pooled)
         self.map_gaussians = _fit_all(self.map_levels, located, MAP_FLOOR)
         self.image_size = list(size)
-        self._set_calibration(math.nan, math.nan, math.nan)
         return self
 
     def forward(self, images: Tensor) -> Tensor:

@@ -411,7 +411,7 @@ def test_map_points_at_the_defect_even_where_all_normal_images_are_blank(fitted)
 
 
 @torch.no_grad()
-def test_calibration_is_of_the_images_given_and_ends_with_the_fit(fitted):
+def test_calibration_is_of_the_images_given_and_outlasts_a_fit(fitted):
     images = fitted[1]
     detector = GaussianAD(fitted[0].extractor).fit([images])
     assert detector.threshold.isnan() and detector.map_threshold.isnan()
@@ -422,8 +422,8 @@ def test_calibration_is_of_the_images_given_and_ends_with_the_fit(fitted):
     assert detector.threshold == gaussad.tail_quantile(scores, 0.99)
     usual = np.sort(maps.flatten(1).numpy())[:, int(0.99 * 64 * 64)]
     assert np.sort(usual)[5] == detector.map_usual
-    detector.fit([images])
-    assert detector.threshold.isnan() and detector.map_usual.isnan()
+    threshold = detector.threshold.item()
+    assert detector.fit([images, held_out]).threshold == threshold
     with pytest.raises(ValueError, match="no normal images"):
         detector.calibrate([])
 
@@ -687,12 +687,18 @@ def test_train_writes_the_history_and_the_best_detector(trained):
     assert sorted(p.name for p in folder.iterdir()) == ["detector.pt", "history.json"]
 
 
-def test_saved_detector_scores_as_the_validator_saw_it(trained, demo):
+def test_saved_detector_is_the_one_the_validator_saw_with_gaussians_of_all_images(trained, demo):
     folder, _ = trained
     history = json.loads((folder / "history.json").read_text())
-    _, held_out = gaussad.split_normal(gaussad.list_samples(demo, "demo", "train"), 0)
-    images = torch.stack([gaussad.load_image(sample.path, 64) for sample in held_out])
-    found = gaussad.AugmentationValidator(images, 0)(GaussianAD.load(folder / "detector.pt"), 16)
+    parts = gaussad.split_normal(gaussad.list_samples(demo, "demo", "train"), 0)
+    load = lambda part: torch.stack([gaussad.load_image(sample.path, 64) for sample in part])
+    fit, held_out = map(load, parts)
+    saved = GaussianAD.load(folder / "detector.pt")
+    again = GaussianAD.load(folder / "detector.pt").fit([*fit.split(16), *held_out.split(16)])
+    assert torch.equal(saved(held_out), again(held_out))
+    again.fit(fit.split(16)).calibrate(held_out.split(16))
+    assert again.threshold == saved.threshold and again.map_threshold == saved.map_threshold
+    found = gaussad.AugmentationValidator(held_out, 0)(again, 16)
     assert found == history["epochs"][history["best_epoch"]]["validator"]
 
 

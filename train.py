@@ -16,6 +16,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -122,7 +123,7 @@ def train(detector: GaussianAD, images: Images, validator: AugmentationValidator
           args: Namespace, device: torch.device) -> None:
     """Fine-tune and keep the epoch the validator likes best, epoch 0 (frozen) among them.
 
-    The best detector is on disk as soon as it is known, refitted as it was judged.
+    The best detector is on disk as soon as it is known, its Gaussians fitted to all images.
     """
     settings = {key: str(value) if isinstance(value, Path) else value
                 for key, value in vars(args).items()}
@@ -134,8 +135,7 @@ def train(detector: GaussianAD, images: Images, validator: AugmentationValidator
         value = record["validator"]["mean"]
         if record["epoch"] == 0 or value > epochs[best]["validator"]["mean"]:
             best = record["epoch"]
-            held_out = validator.normal.split(args.batch_size)
-            detector.calibrate(batch.to(device) for batch in held_out)
+            fit_to_all(detector, images, validator.normal, args, device)
             detector.save(args.out / "detector.pt")
             for name in ("metrics.json", "scores.csv"):  # of a detector that is no more
                 (args.out / name).unlink(missing_ok=True)
@@ -153,7 +153,7 @@ def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValid
     """Yield a record of each epoch, from 0, with the detector refitted and judged by then.
 
     Training pulls the features to the Gaussian of the pre-trained network, which stays fixed;
-    what is judged and saved has the Gaussian of the features as they are now.
+    what is judged has the Gaussian of the features as they are now.
     """
     shuffle = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.Adam(detector.parameters(), lr=args.lr)
@@ -179,6 +179,19 @@ def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValid
         now = time.perf_counter()
         yield {"epoch": epoch, "loss": loss, "seconds": now - start, "validator": aurocs}
         start = time.perf_counter()
+
+
+def fit_to_all(detector: GaussianAD, images: Images, held_out: torch.Tensor, args: Namespace,
+               device: torch.device) -> None:
+    """Take the thresholds from the held-out images, then fit to those as well.
+
+    More images make better Gaussians, of maps above all. They also bring a normal image a little
+    nearer, so that the thresholds err on the side of fewer false alarms.
+    """
+    detector.calibrate(batch.to(device) for batch in held_out.split(args.batch_size))
+    everything = chain(images.batches(args.batch_size), held_out.split(args.batch_size))
+    total = len(images) + len(held_out)
+    detector.fit(batch.to(device) for batch in progress(everything, total, "fitting to all"))
 
 
 def train_epoch(detector: GaussianAD, optimizer: torch.optim.Optimizer,
