@@ -157,9 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     if not detector.image_size or len(set(detector.image_size)) > 1:
         raise ValueError(f"{out / 'detector.pt'} was not fitted to square images")
     samples = list_samples(args.data, args.category, "test")
+    masks = read_masks(samples, detector.image_size[0])
     images = Images([sample.path for sample in samples], detector.image_size[0], args.workers)
     scores, maps = score(detector, images, args.batch_size, device)
-    masks = read_masks(samples, detector.image_size[0])
     metrics = {**measure(samples, scores), **measure_maps(samples, maps, masks),
                "best_epoch": history.get("best_epoch")}
     write_scores(out / "scores.csv", samples, scores, maps)
