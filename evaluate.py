@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     images = Images([sample.path for sample in samples], detector.image_size[0], args.workers)
     scores, maps = score(detector, images, args.batch_size, device)
     metrics = {**measure(samples, scores), **measure_maps(samples, maps, masks),
-               "best_epoch": history.get("best_epoch")}
+               "best_step": history.get("best_step")}
     write_scores(out / "scores.csv", samples, scores, maps)
     write_json(out / "metrics.json", metrics)
     print(table(args.category, samples, metrics))

@@ -122,6 +122,15 @@ def test_samples_that_fit_no_gaussian_are_errors():
         gaussad.whitening_matrix(torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("covariance", ["diagonal", "identity"])
+def test_ablated_covariances(covariance):
+    x = random_samples(50, 8, condition=1e4)
+    variance = np.diag(naive_ledoit_wolf(x)[0]) if covariance == "diagonal" else 1
+    expected = np.sqrt(((x - x.mean(0)) ** 2 / variance).sum(1))
+    gaussian = Gaussian.fit(Moments().add(torch.tensor(x)), covariance=covariance)
+    assert relative(gaussian.distance(torch.tensor(x)), expected) < 1e-10
+
+
 def test_one_constant_feature_among_others_is_fitted():
     x = torch.tensor(random_samples(30, 4))
     x[:, 2] = 7.0
@@ -277,12 +286,12 @@ def test_aupro_of_what_has_none_is_an_error(maps, masks, message):
 @pytest.mark.parametrize(
     "backbone, levels",
     [
-        ("efficientnet_b0", [1, 2, 3, 4, 5, 6, 7, 8, 9]),
-        ("efficientnet_v2_s", [1, 2, 3, 4, 5, 6, 7, 8]),
-        ("mobilenet_v2", [2, 4, 7, 11, 14, 17, 18, 19]),
-        ("mobilenet_v3_large", [2, 4, 7, 11, 13, 16, 17]),
-        ("resnet18", [1, 2, 3, 4, 5]),
-        ("wide_resnet50_2", [1, 2, 3, 4, 5]),
+        ("efficientnet_b0", [5, 6, 7, 8, 9]),
+        ("efficientnet_v2_s", [5, 6, 7, 8]),
+        ("mobilenet_v2", [11, 14, 17, 18, 19]),
+        ("mobilenet_v3_large", [11, 13, 16, 17]),
+        ("resnet18", [4, 5]),
+        ("wide_resnet50_2", [4, 5]),
     ],
 )
 def test_default_levels(backbone, levels):
@@ -315,7 +324,7 @@ def test_levels_of_a_resnet_are_its_stem_and_stages():
     images = torch.rand(2, 3, 64, 64)
     network(normalised(images))
     torch.manual_seed(0)
-    maps = FeatureExtractor("resnet18", weights="random")(images)
+    maps = FeatureExtractor("resnet18", [1, 2, 3, 4, 5], "random")(images)
     assert [m.shape[1] for m in maps] == [64, 64, 128, 256, 512]
     for found, expected in zip(maps, outputs):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -544,6 +553,7 @@ def test_validator_draws_once_from_its_seed_and_leaves_the_generator_alone():
     images = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
     before = torch.random.get_rng_state()
     one, same, other = (gaussad.AugmentationValidator(images, seed, draws=2) for seed in (1, 1, 2))
+    assert len(gaussad.AugmentationValidator(images).augmented["mixup"]) == 132  # 22 draws
     assert torch.equal(torch.random.get_rng_state(), before)
     assert list(one.augmented) == ["mixup", "cutout", "cutmix", "augmix"]
     for name, augmented in one.augmented.items():
@@ -555,17 +565,47 @@ def test_validator_draws_once_from_its_seed_and_leaves_the_generator_alone():
         gaussad.AugmentationValidator(images[:1])
 
 
-def test_validator_is_the_auroc_of_normal_against_augmented():
+def test_validator_is_auroc_and_separation_of_normal_against_augmented():
     metrics = pytest.importorskip("sklearn.metrics")
     images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
-    validator = gaussad.AugmentationValidator(images)
-    score = lambda batch: batch.float().std((1, 2, 3))
+    validator = gaussad.AugmentationValidator(images, draws=3)
+    score = lambda batch: batch.double().std((1, 2, 3))
     found = validator(score, batch_size=7)
+    expected = torch.zeros(20, dtype=torch.float64)
     for name, augmented in validator.augmented.items():
         scores = torch.cat([score(images), score(augmented)])
-        expected = metrics.roc_auc_score([0] * 20 + [1] * 60, scores)
-        assert found[name] == pytest.approx(expected, abs=1e-12)
-    assert found["mean"] == pytest.approx(np.mean([found[n] for n in validator.augmented]))
+        auroc = metrics.roc_auc_score([0] * 20 + [1] * 60, scores)
+        assert found.auroc[name] == pytest.approx(auroc, abs=1e-12)
+        for i, image in enumerate(score(augmented).tolist()):
+            expected[i % 20] += np.log(image) / 12
+    expected -= 2 * score(images).log()
+    assert relative(found.separation, expected) < 1e-12
+
+
+def test_gain_is_paired():
+    before = torch.tensor(random_samples(30, 1, offset=9.0))[:, 0]
+    change = 0.1 + 0.01 * torch.tensor(random_samples(30, 1, seed=1))[:, 0]
+    one, two = gaussad.Validation({}, before), gaussad.Validation({}, before + change)
+    gain, error = two.gain_over(one)
+    assert gain == pytest.approx(change.mean().item())
+    assert error == pytest.approx(np.std(change.numpy(), ddof=1) / 30**0.5)
+
+
+def test_separation_falls_when_normal_images_drift_and_when_augmented_ones_fall_together():
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    validator = gaussad.AugmentationValidator(images, augmentations={"cutmix": gaussad.cutmix})
+    known = {image.numpy().tobytes() for image in images}
+
+    def score(normal, augmented):
+        return lambda batch: torch.tensor(
+            [normal if image.numpy().tobytes() in known else augmented for image in batch]
+        )
+
+    frozen = validator(score(10.0, 12.0))
+    assert validator(score(10.0, 13.0)).gain_over(frozen)[0] > 0
+    assert validator(score(9.0, 10.8)).gain_over(frozen)[0] > 0  # nearer by the same ratio
+    assert validator(score(10.0, 11.0)).gain_over(frozen)[0] < 0
+    assert validator(score(11.0, 13.2)).gain_over(frozen)[0] < 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -670,7 +710,7 @@ def trained(demo, tmp_path_factory):
     (work / "data/demo").mkdir(parents=True)
     (work / "data/demo/train").symlink_to(demo / "demo/train")
     command = [sys.executable, HERE / "train.py", "--data", "data", "--category", "demo", *TINY]
-    done = subprocess.run([*command, "--epochs", "2"], cwd=work, capture_output=True, text=True)
+    done = subprocess.run([*command, "--steps", "9"], cwd=work, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return work / "runs/demo", done.stdout
 
@@ -678,12 +718,14 @@ def trained(demo, tmp_path_factory):
 def test_train_writes_the_history_and_the_best_detector(trained):
     folder, output = trained
     history = json.loads((folder / "history.json").read_text())
-    assert [record["epoch"] for record in history["epochs"]] == [0, 1, 2]
-    assert history["epochs"][0]["loss"] is None and history["epochs"][2]["loss"] > 0
+    assert [record["step"] for record in history["checks"]] == [0, 8, 9]
+    assert history["checks"][0]["loss"] is None and history["checks"][2]["loss"] > 0
     assert history["settings"]["seed"] == 0 and history["settings"]["backbone"] == BACKBONE
-    means = [record["validator"]["mean"] for record in history["epochs"]]
-    assert history["best_epoch"] == int(np.argmax(means))  # the first of equals
-    assert f"Epoch {history['best_epoch']}" in output
+    assert history["checks"][0]["gain"] == 0 and set(history["checks"][1]["auroc"]) == {
+        "mixup", "cutout", "cutmix", "augmix"}  # fmt: skip
+    chosen = next(r for r in history["checks"] if r["step"] == history["best_step"])
+    assert chosen["step"] == 0 or chosen["gain"] > 0
+    assert f"Step {history['best_step']}" in output
     assert sorted(p.name for p in folder.iterdir()) == ["detector.pt", "history.json"]
 
 
@@ -699,7 +741,8 @@ def test_saved_detector_is_the_one_the_validator_saw_with_gaussians_of_all_image
     again.fit(fit.split(16)).calibrate(held_out.split(16))
     assert again.threshold == saved.threshold and again.map_threshold == saved.map_threshold
     found = gaussad.AugmentationValidator(held_out, 0)(again, 16)
-    assert found == history["epochs"][history["best_epoch"]]["validator"]
+    chosen = next(r for r in history["checks"] if r["step"] == history["best_step"])
+    assert found.auroc == chosen["auroc"]
 
 
 def test_evaluate_writes_metrics_and_scores(trained, demo, cli):
@@ -710,7 +753,7 @@ def test_evaluate_writes_metrics_and_scores(trained, demo, cli):
     metrics = json.loads((folder / "metrics.json").read_text())
     rows = list(csv.DictReader((folder / "scores.csv").open(newline="")))
     assert metrics["n_normal"] == 16 and metrics["n_anomalous"] == 24 and len(rows) == 40
-    assert metrics["best_epoch"] == json.loads((folder / "history.json").read_text())["best_epoch"]
+    assert metrics["best_step"] == json.loads((folder / "history.json").read_text())["best_step"]
     scores = np.array([float(row["score"]) for row in rows])
     labels = np.array([int(row["label"]) for row in rows])
     assert metrics["image_auroc"] == pytest.approx(metrics_of(labels, scores), abs=1e-12)
@@ -787,7 +830,7 @@ def test_category_without_masks_gets_what_can_be_computed(trained, demo, cli, tm
 
 
 def test_same_seed_same_bits(trained, demo, cli, tmp_path):
-    code, _, error = cli("train.py", "--data", demo, "--category", "demo", *TINY, "--epochs", 2,
+    code, _, error = cli("train.py", "--data", demo, "--category", "demo", *TINY, "--steps", 9,
                          "--out", tmp_path)  # fmt: skip
     assert code == 0, error
     for name in ("history.json", "detector.pt"):
@@ -797,10 +840,10 @@ def test_same_seed_same_bits(trained, demo, cli, tmp_path):
 
 
 def test_diverging_training_keeps_the_best_and_says_so(demo, cli, tmp_path):
-    code, output, error = cli("train.py", "--data", demo, "--category", "demo", *TINY, "--epochs",
-                              5, "--lr", "1e6", "--out", tmp_path)  # fmt: skip
+    code, output, error = cli("train.py", "--data", demo, "--category", "demo", *TINY, "--steps",
+                              64, "--lr", "1e6", "--out", tmp_path)  # fmt: skip
     assert (code, error) == (0, "")
-    assert "diverged" in output and "Epoch 0 (the frozen network)" in output
+    assert "diverged" in output and "Step 0 (the frozen network)" in output
     assert GaussianAD.load(tmp_path / "detector.pt").image_size == [64, 64]
 
 
@@ -816,7 +859,7 @@ def test_category_without_anomalous_images_is_scored(trained, cli, tmp_path, dem
 
 def test_demo(cli, tmp_path):
     code, output, error = cli("train.py", "--demo", "--weights", "random", "--image-size", 64,
-                              "--epochs", 1, "--out", tmp_path)  # fmt: skip
+                              "--steps", 4, "--out", tmp_path)  # fmt: skip
     assert code == 0 and "all anomalous" in output, error
     assert (tmp_path / "metrics.json").is_file()
 
@@ -856,7 +899,9 @@ def broken(demo, tmp_path_factory):
         ("--data DEMO --category demo --levels", "--levels"),
         ("--data DEMO --category demo --map-levels 99", "map levels .99. are not among"),
         ("--data DEMO --category demo --image-size 0", "--image-size"),
-        ("--data DEMO --category demo --epochs -1", "--epochs"),
+        ("--data DEMO --category demo --steps -1", "--steps"),
+        ("--data DEMO --category demo --augmentations blur", "--augmentations"),
+        ("--data DEMO --category demo --covariance half", "--covariance"),
         ("--data DEMO --category demo --lr nan", "--lr"),
         ("--data DEMO --category demo --lr fast", "--lr"),
         ("--data DEMO --category demo --backbone vgg16", "no backbone 'vgg16'"),
@@ -873,7 +918,7 @@ def broken(demo, tmp_path_factory):
 )  # fmt: skip
 def test_bad_input_to_train_is_told_in_one_line(args, message, broken, demo, cli, tmp_path):
     place = lambda text: text.replace("ROOT", str(broken)).replace("DEMO", str(demo))
-    given = [*TINY, "--epochs", "0", "--out", tmp_path, *place(args).split()]
+    given = [*TINY, "--steps", "0", "--out", tmp_path, *place(args).split()]
     assert_one_line(cli("train.py", *given), place(message))
 
 
@@ -926,7 +971,8 @@ def test_frozen_mobilenet_on_screw_agrees_with_an_independent_program():
     data, weights = os.environ["GAUSSAD_DATA"], os.environ["GAUSSAD_WEIGHTS"]
     fit, _ = gaussad.split_normal(gaussad.list_samples(data, "screw", "train"), 0)
     test = gaussad.list_samples(data, "screw", "test")
-    detector = GaussianAD(FeatureExtractor("mobilenet_v2", weights=weights))
+    levels = [2, 4, 7, 11, 14, 17, 18, 19]  # what the independent program had
+    detector = GaussianAD(FeatureExtractor("mobilenet_v2", levels, weights))
     detector.fit(gaussad.Images([s.path for s in fit], 320).batches(16))
     with torch.inference_mode():
         images = gaussad.Images([s.path for s in test], 320).batches(16)

@@ -12,11 +12,12 @@ the category's test folder.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -24,17 +25,21 @@ import torch
 import evaluate
 from evaluate import Parser, add_common_options, number, pick_device, progress, run, write_json
 from gaussad import (
+    AUGMENTATIONS,
+    COVARIANCES,
     AugmentationValidator,
     DegenerateError,
     FeatureExtractor,
     GaussianAD,
     Images,
+    Validation,
     draw_demo,
     list_samples,
     split_normal,
 )
 
-DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "epochs": 3, "category": "demo"}
+NOISE = 2.0  # standard errors that a gain must exceed
+DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "steps": 32, "category": "demo"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         make_folder(args.data)
         draw_demo(args.data, args.image_size)
     normal, held_out = split_normal(list_samples(args.data, args.category, "train"), args.seed)
-    detector = GaussianAD(make_extractor(args), args.map_levels).to(device)
+    detector = GaussianAD(make_extractor(args), args.map_levels, args.covariance).to(device)
     make_folder(args.out)
     images = Images([sample.path for sample in normal], args.image_size, args.workers)
     validator = make_validator([sample.path for sample in held_out], args)
@@ -68,17 +73,23 @@ def parse(argv: list[str] | None) -> Namespace:
                        help="torchvision's ImageNet weights, downloaded on first use; random "
                             "ones; or a state dict of the backbone (default: imagenet)")
     model.add_argument("--levels", type=int, nargs="+", metavar="L",
-                       help="feature levels, from 1 (default: all; of a MobileNet, the last "
-                            "block of each stage)")
+                       help="feature levels, from 1 (default: those of stride 16 or more)")
     model.add_argument("--map-levels", type=int, nargs="+", metavar="L",
                        help="levels that make the anomaly map (default: those of stride 16)")
+    model.add_argument("--covariance", choices=COVARIANCES, default="full",
+                       help="for comparison: diagonal, or identity, a Euclidean distance "
+                            "(default: full)")
     model.add_argument("--image-size", type=number(int, 32, 4096), default=380, metavar="PX",
                        help="side of the square that images are resized to (default: 380)")
     tuning = parser.add_argument_group("fine-tuning")
-    tuning.add_argument("--epochs", type=number(int, 0, 10**6), default=10, metavar="N",
-                        help="at most; 0 is the frozen network (default: 10)")
-    tuning.add_argument("--patience", type=number(int, 1, 10**6), default=5, metavar="N",
-                        help="stop after N epochs without a better validator (default: 5)")
+    tuning.add_argument("--steps", type=number(int, 0, 10**7), default=256, metavar="N",
+                        help="at most; 0 is the frozen network (default: 256)")
+    tuning.add_argument("--patience", type=number(int, 1, 10**6), default=2, metavar="N",
+                        help="stop after N checks without a gain; there is one after 8 steps and "
+                             "each time their number has doubled (default: 2)")
+    tuning.add_argument("--augmentations", nargs="+", choices=list(AUGMENTATIONS),
+                        default=list(AUGMENTATIONS), metavar="NAME",
+                        help=f"what the validator judges by (default: {' '.join(AUGMENTATIONS)})")
     tuning.add_argument("--lr", type=number(float, 0, 1e6), default=1e-4,
                         help="learning rate of Adam (default: 1e-4)")
     tuning.add_argument("--seed", type=number(int, 0, 2**32), default=0, metavar="N",
@@ -105,7 +116,9 @@ def make_folder(path: Path) -> None:
 
 def make_validator(paths: list[Path], args: Namespace) -> AugmentationValidator:
     held_out = Images(paths, args.image_size, args.workers)
-    return AugmentationValidator(torch.cat(list(held_out.batches(args.batch_size))), args.seed)
+    return AugmentationValidator(
+        torch.cat(list(held_out.batches(args.batch_size))), args.seed,
+        augmentations={name: AUGMENTATIONS[name] for name in args.augmentations})
 
 
 def make_extractor(args: Namespace) -> FeatureExtractor:
@@ -121,64 +134,90 @@ def make_extractor(args: Namespace) -> FeatureExtractor:
 
 def train(detector: GaussianAD, images: Images, validator: AugmentationValidator,
           args: Namespace, device: torch.device) -> None:
-    """Fine-tune and keep the epoch the validator likes best, epoch 0 (frozen) among them.
+    """Fine-tune and keep the check the validator likes best; the first is the frozen network.
 
-    The best detector is on disk as soon as it is known, its Gaussians fitted to all images.
+    A later one must be better by more than NOISE standard errors. The best detector is on disk as
+    soon as it is known, its Gaussians fitted to all images.
     """
     settings = {key: str(value) if isinstance(value, Path) else value
                 for key, value in vars(args).items()}
     settings |= {"levels": detector.extractor.levels, "map_levels": detector.map_levels}
-    epochs, best = [], 0
+    checks, best, since = [], None, 0
     print(heading(validator))
-    for record in fine_tune(detector, images, validator, args, device):
-        epochs.append(record)
-        value = record["validator"]["mean"]
-        if record["epoch"] == 0 or value > epochs[best]["validator"]["mean"]:
-            best = record["epoch"]
+    for record, validation in fine_tune(detector, images, validator, args, device):
+        frozen = frozen if checks else validation
+        record["gain"], record["standard_error"] = validation.gain_over(frozen)
+        gain, error = validation.gain_over(best) if checks else (math.inf, 0)
+        if better := gain > NOISE * error:
+            best, best_step, since = validation, record["step"], 0
             fit_to_all(detector, images, validator.normal, args, device)
             detector.save(args.out / "detector.pt")
             for name in ("metrics.json", "scores.csv"):  # of a detector that is no more
                 (args.out / name).unlink(missing_ok=True)
-        history = {"settings": settings, "epochs": epochs, "best_epoch": best}
+        else:
+            since += 1
+        checks.append(record)
+        history = {"settings": settings, "checks": checks, "best_step": best_step}
         write_json(args.out / "history.json", history)
-        print(line(record) + ("  best so far" if best == record["epoch"] else ""), flush=True)
-        if record["epoch"] - best >= args.patience:
+        print(line(record) + ("  best so far" if better else ""), flush=True)
+        if since >= args.patience:
             break
-    print(f"Epoch {best}{' (the frozen network)' if best == 0 else ''} is the validator's choice; "
-          f"its detector is {args.out / 'detector.pt'}")
+    print(f"Step {best_step}{' (the frozen network)' if best_step == 0 else ''} is the "
+          f"validator's choice; its detector is {args.out / 'detector.pt'}")
 
 
 def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValidator,
-              args: Namespace, device: torch.device) -> Iterator[dict]:
-    """Yield a record of each epoch, from 0, with the detector refitted and judged by then.
+              args: Namespace, device: torch.device) -> Iterator[tuple[dict, Validation]]:
+    """Yield a record and the validation of each check, the detector refitted and judged by then.
 
     Training pulls the features to the Gaussian of the pre-trained network, which stays fixed;
     what is judged has the Gaussian of the features as they are now.
     """
-    shuffle = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.Adam(detector.parameters(), lr=args.lr)
-
-    def batches(what: str, order: torch.Generator | None = None) -> Iterator[torch.Tensor]:
-        source = progress(images.batches(args.batch_size, order), len(images), what)
-        return (batch.to(device) for batch in source)
-
-    start, loss, pretrained = time.perf_counter(), None, None
-    for epoch in range(args.epochs + 1):
-        if epoch:
-            detector.gaussians = pretrained
-            loss = train_epoch(detector, optimizer, batches(f"epoch {epoch}: training", shuffle))
+    stream = endless(images, args.batch_size, torch.Generator().manual_seed(args.seed))
+    start, step, losses, pretrained = time.perf_counter(), 0, [], None
+    for check in check_steps(args.steps):
+        todo = progress(islice(stream, check - step), len(images), f"training to step {check}")
+        losses = [train_step(detector, optimizer, batch.to(device)) for batch in todo]
+        fitting = progress(images.batches(args.batch_size), len(images), "fitting")
         try:
-            detector.fit(batches(f"epoch {epoch}: fitting"))
-            aurocs = validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
+            detector.fit(batch.to(device) for batch in fitting)
+            found = validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
         except DegenerateError as error:
-            if epoch == 0:
+            if check == 0:
                 raise
-            print(f"epoch {epoch}: {error}. Training diverged and stops; try a smaller --lr")
+            print(f"step {check}: {error}. Training diverged and stops; try a smaller --lr")
             return
-        pretrained = pretrained or detector.gaussians
-        now = time.perf_counter()
-        yield {"epoch": epoch, "loss": loss, "seconds": now - start, "validator": aurocs}
-        start = time.perf_counter()
+        pretrained, step = pretrained or detector.gaussians, check
+        loss = sum(losses) / len(losses) if losses else None
+        yield {"step": check, "loss": loss, "seconds": time.perf_counter() - start,
+               "auroc": found.auroc}, found
+        start, detector.gaussians = time.perf_counter(), pretrained
+
+
+def check_steps(last: int) -> Iterator[int]:
+    """0, 8, 16, 32, ... and the last: most of a gain is made in the first few steps."""
+    step = 0
+    while step < last:
+        yield step
+        step = max(8, 2 * step)
+    yield last
+
+
+def endless(images: Images, batch_size: int, shuffle: torch.Generator) -> Iterator[torch.Tensor]:
+    """Batches of one epoch after the other."""
+    while True:
+        yield from images.batches(batch_size, shuffle)
+
+
+def train_step(detector: GaussianAD, optimizer: torch.optim.Optimizer,
+               batch: torch.Tensor) -> float:
+    """One step; the loss before it."""
+    optimizer.zero_grad()
+    loss = detector.loss(batch)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 def fit_to_all(detector: GaussianAD, images: Images, held_out: torch.Tensor, args: Namespace,
@@ -194,28 +233,16 @@ def fit_to_all(detector: GaussianAD, images: Images, held_out: torch.Tensor, arg
     detector.fit(batch.to(device) for batch in progress(everything, total, "fitting to all"))
 
 
-def train_epoch(detector: GaussianAD, optimizer: torch.optim.Optimizer,
-                batches: Iterator[torch.Tensor]) -> float:
-    """One pass over the normal images; the mean loss per image, before each step."""
-    total, count = 0.0, 0
-    for images in batches:
-        optimizer.zero_grad()
-        loss = detector.loss(images)
-        loss.backward()
-        optimizer.step()
-        total, count = total + len(images) * loss.item(), count + len(images)
-    return total / count
-
-
 def heading(validator: AugmentationValidator) -> str:
-    names = "".join(f"{name:>9}" for name in [*validator.augmented, "mean"])
-    return f"epoch     loss  seconds{names}   (validator: AUROC in %)"
+    names = "".join(f"{name:>9}" for name in validator.augmented)
+    return f" step     loss  seconds{names}     gain   (of names the AUROC; all in %)"
 
 
 def line(record: dict) -> str:
     loss = "-" if record["loss"] is None else f"{record['loss']:.2f}"
-    aurocs = "".join(f"{100 * value:9.2f}" for value in record["validator"].values())
-    return f"{record['epoch']:5d} {loss:>8} {record['seconds']:8.1f}{aurocs}"
+    aurocs = "".join(f"{100 * value:9.2f}" for value in record["auroc"].values())
+    gain = f"{100 * record['gain']:+7.2f} ± {100 * record['standard_error']:.2f}"
+    return f"{record['step']:5d} {loss:>8} {record['seconds']:8.1f}{aurocs}  {gain}"
 
 
 if __name__ == "__main__":
