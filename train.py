@@ -38,6 +38,7 @@ from gaussad import (
     split_normal,
 )
 
+WARMUP = 64  # steps in which the rate rises to --lr: with all of it at once the loss doubles first
 NOISE = 2.0  # standard errors that a gain must exceed
 DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "steps": 32, "category": "demo"}
 
@@ -85,8 +86,8 @@ def parse(argv: list[str] | None) -> Namespace:
     tuning.add_argument("--steps", type=number(int, 0, 10**7), default=256, metavar="N",
                         help="at most; 0 is the frozen network (default: 256)")
     tuning.add_argument("--patience", type=number(int, 1, 10**6), default=2, metavar="N",
-                        help="stop after N checks without a gain; there is one after 8 steps and "
-                             "each time their number has doubled (default: 2)")
+                        help="stop after N checks without a gain; there is one after 32 steps "
+                             "and each time their number has doubled (default: 2)")
     tuning.add_argument("--augmentations", nargs="+", choices=list(AUGMENTATIONS),
                         default=list(AUGMENTATIONS), metavar="NAME",
                         help=f"what the validator judges by (default: {' '.join(AUGMENTATIONS)})")
@@ -174,11 +175,14 @@ def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValid
     what is judged has the Gaussian of the features as they are now.
     """
     optimizer = torch.optim.Adam(detector.parameters(), lr=args.lr)
+    warmup = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / WARMUP))
     stream = endless(images, args.batch_size, torch.Generator().manual_seed(args.seed))
     start, step, losses, pretrained = time.perf_counter(), 0, [], None
     for check in check_steps(args.steps):
-        todo = progress(islice(stream, check - step), len(images), f"training to step {check}")
-        losses = [train_step(detector, optimizer, batch.to(device)) for batch in todo]
+        todo = progress(islice(stream, check - step), (check - step) * args.batch_size,
+                        f"training to step {check}")
+        losses = [train_step(detector, optimizer, warmup, batch.to(device)) for batch in todo]
         fitting = progress(images.batches(args.batch_size), len(images), "fitting")
         try:
             detector.fit(batch.to(device) for batch in fitting)
@@ -196,11 +200,11 @@ def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValid
 
 
 def check_steps(last: int) -> Iterator[int]:
-    """0, 8, 16, 32, ... and the last: most of a gain is made in the first few steps."""
+    """0, 32, 64, 128, ... and the last: a gain is the quicker, the earlier."""
     step = 0
     while step < last:
         yield step
-        step = max(8, 2 * step)
+        step = max(WARMUP // 2, 2 * step)
     yield last
 
 
@@ -211,12 +215,13 @@ def endless(images: Images, batch_size: int, shuffle: torch.Generator) -> Iterat
 
 
 def train_step(detector: GaussianAD, optimizer: torch.optim.Optimizer,
-               batch: torch.Tensor) -> float:
+               warmup: torch.optim.lr_scheduler.LRScheduler, batch: torch.Tensor) -> float:
     """One step; the loss before it."""
     optimizer.zero_grad()
     loss = detector.loss(batch)
     loss.backward()
     optimizer.step()
+    warmup.step()
     return loss.item()
 
 
