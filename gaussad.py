@@ -873,10 +873,9 @@ class AugmentationValidator:
     rises by either gain and falls by either loss, by its own amount of each. It is for scores of a
     Gaussian that is refitted each time, which keeps the scale of d in place.
 
-    The paper's measure, the AUROC between the two, is found as well. It saturates, it counts
-    normal images by their rank among each other, and it does not see them drift away: over two
-    seeds of three data sets its changes lay within its noise, where those of J are many times
-    their standard error. Hence J decides (our choice).
+    The paper's measure, the AUROC between the two, is found as well. It saturates, is noisy on few
+    images, and does not see the held-out ones drift away. J is paired, image by image, so that its
+    changes are many times their standard error. Hence J decides (our choice).
 
     The augmented images are drawn once, from `seed`, so that every call judges by the same ones.
 
