@@ -200,7 +200,7 @@ def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValid
 
 
 def check_steps(last: int) -> Iterator[int]:
-    """0, 32, 64, 128, ... and the last: a gain is the quicker, the earlier."""
+    """0, 32, 64, 128, ... and the last: what training gains, it gains ever more slowly."""
     step = 0
     while step < last:
         yield step
