@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,6 @@ from gaussad import (
     aupro,
     auroc,
     list_samples,
-    load_image,
     load_mask,
 )
 
@@ -160,14 +160,16 @@ def main(argv: list[str] | None = None) -> None:
     masks = read_masks(samples, detector.image_size[0])
     images = Images([sample.path for sample in samples], detector.image_size[0], args.workers)
     scores, maps = score(detector, images, args.batch_size, device)
-    metrics = {**measure(samples, scores), **measure_maps(samples, maps, masks),
+    maxima = maps.amax((1, 2))
+    metrics = {**measure(samples, scores, maxima), **measure_maps(maps, masks),
                "best_step": history.get("best_step")}
-    write_scores(out / "scores.csv", samples, scores, maps)
+    write_scores(out / "scores.csv", samples, scores, maxima)
     write_json(out / "metrics.json", metrics)
     print(table(args.category, samples, metrics))
     print(f"metrics.json and scores.csv are in {out}")
     if args.pictures:
-        write_pictures(out / "pictures", detector, samples, scores, maps, masks)
+        decoded = chain.from_iterable(images.batches(args.batch_size))  # mostly in memory still
+        write_pictures(out / "pictures", detector, samples, decoded, scores, maxima, maps, masks)
         print(f"Pictures are in {out / 'pictures'}; misses.png and false_alarms.png sum them up")
 
 
@@ -191,8 +193,9 @@ def read_masks(samples: list[Sample], size: int) -> list[Tensor | None]:
     return [read(sample) for sample in samples]
 
 
-def measure(samples: list[Sample], scores: Tensor) -> dict:
-    """AUROC over all test images and of each defect against all normal ones.
+def measure(samples: list[Sample], scores: Tensor, maxima: Tensor) -> dict:
+    """AUROC over all test images, by score and by the map's maximum, and of each defect against
+    all normal ones.
 
     In [0, 1]; None where one of the two classes is missing.
     """
@@ -205,30 +208,24 @@ def measure(samples: list[Sample], scores: Tensor) -> dict:
         per_defect[defect] = auroc(scores[chosen], labels[chosen]) if n_normal else None
     return {
         "image_auroc": auroc(scores, labels) if n_normal and n_anomalous else None,
+        "image_auroc_from_map": auroc(maxima, labels) if n_normal and n_anomalous else None,
         "image_auroc_per_defect": per_defect,
         "n_normal": n_normal,
         "n_anomalous": n_anomalous,
     }
 
 
-def measure_maps(samples: list[Sample], maps: Tensor, masks: list[Tensor | None]) -> dict:
-    """Pixel AUROC and AU-PRO over the images whose mask is known, and the image AUROC of the maps'
-    maxima over all.
+def measure_maps(maps: Tensor, masks: list[Tensor | None]) -> dict:
+    """Pixel AUROC and AU-PRO over the images whose mask is known.
 
-    In [0, 1]; None where one of the two classes is missing.
+    In [0, 1]; None where no pixel is anomalous.
     """
-    labels = torch.tensor([sample.label for sample in samples])
-    known = torch.tensor([mask is not None for mask in masks])
-    some = known.any() and torch.stack([mask.any() for mask in masks if mask is not None]).any()
-    if some:
-        truth = torch.stack([mask for mask in masks if mask is not None])
+    known = [i for i, mask in enumerate(masks) if mask is not None]
+    truth = torch.stack([masks[i] for i in known]) if known else torch.zeros(0)
     return {
-        "pixel_auroc": auroc(maps[known], truth) if some else None,
-        "aupro": aupro(maps[known], truth) if some else None,
-        "image_auroc_from_map": (
-            auroc(maps.amax((1, 2)), labels) if 0 < labels.sum() < len(labels) else None
-        ),
-        "n_without_mask": int((~known).sum()),
+        "pixel_auroc": auroc(maps[known], truth) if truth.any() else None,
+        "aupro": aupro(maps[known], truth) if truth.any() else None,
+        "n_without_mask": len(masks) - len(known),
     }
 
 
@@ -242,12 +239,12 @@ def read_history(out: Path) -> dict:
     return history if well_formed else {}
 
 
-def write_scores(path: Path, samples: list[Sample], scores: Tensor, maps: Tensor) -> None:
+def write_scores(path: Path, samples: list[Sample], scores: Tensor, maxima: Tensor) -> None:
     """One line per image: path, defect, label, score and the map's maximum in full precision."""
     with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "defect", "label", "score", "map_maximum"])
-        for sample, *values in zip(samples, scores.tolist(), maps.amax((1, 2)).tolist()):
+        for sample, *values in zip(samples, scores.tolist(), maxima.tolist()):
             writer.writerow([sample.path.as_posix(), sample.defect, sample.label, *values])
 
 
@@ -284,22 +281,22 @@ SHEET = 12  # pictures on a contact sheet
 CAPTION = 28  # height of the caption in pixels
 
 
-def write_pictures(folder: Path, detector: GaussianAD, samples: list[Sample], scores: Tensor,
-                   maps: Tensor, masks: list[Tensor | None]) -> None:
+def write_pictures(folder: Path, detector: GaussianAD, samples: list[Sample],
+                   images: Iterable[Tensor], scores: Tensor, maxima: Tensor, maps: Tensor,
+                   masks: list[Tensor | None]) -> None:
     """A picture of each image, <defect>_<name>.png, and sheets of the worst misses and alarms.
 
     The verdict is by the map's maximum, which is the more reliable of the two image scores.
     """
     folder.mkdir(exist_ok=True)
     usual, threshold = detector.map_usual.item(), detector.map_threshold.item()
-    ratios = (maps.amax((1, 2)) / threshold).tolist()
+    ratios = (maxima / threshold).tolist()
     score_ratios = (scores / detector.threshold.cpu()).tolist()
     files = [folder / f"{sample.defect}_{sample.path.stem}.png" for sample in samples]
-    for i, (file, sample) in enumerate(zip(files, samples)):
+    for i, (file, sample, image) in enumerate(zip(files, samples, images)):
         verdict = "ANOMALOUS" if ratios[i] > 1 else "normal"
         text = (f"{sample.defect} {sample.path.stem}: {verdict}, map {ratios[i]:.2f}, "
                 f"score {score_ratios[i]:.2f} (of threshold)")
-        image = load_image(sample.path, detector.image_size[0])
         strength = (maps[i] - usual) / (threshold - usual) / 2
         with atomic_path(file) as part:
             draw_picture(image, strength.clamp(0, 1), masks[i], text).save(part, "PNG")

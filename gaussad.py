@@ -9,7 +9,7 @@ Rippel, Chavan, Lei, Merhof: IMPROVE 2022, arXiv 2108.04116. Read it top to bott
     4. Detector     score(x) = Σ_l d_l(x), d_l² = (φ_l(x) - μ_l)ᵀ Σ_l⁻¹ (φ_l(x) - μ_l);
                     its mean over normal images is the loss that fine-tunes φ
     5. Validator    held-out normal images against augmented ones say when to stop
-    6. Metrics      AUROC
+    6. Metrics      AUROC, AU-PRO
 
 In ten lines, with image batches (B, 3, H, W), uint8 or float in [0, 1], that can be passed over
 again, such as a list or a DataLoader:
@@ -390,17 +390,21 @@ def _checked_levels(levels: Sequence[int] | None, stages: list, backbone: str) -
     return levels
 
 
-@torch.no_grad()
 def _default_levels(stages: list, backbone: str) -> list[int]:
-    levels, x = [], torch.zeros(1, 3, 64, 64)
-    for i, stage in enumerate(stages, start=1):
-        x = stage(x)
-        if 64 // x.shape[-1] >= 16:
-            levels.append(i)
+    levels = [i for i, stride in enumerate(_strides(stages), start=1) if stride >= 16]
     if backbone.startswith("mobilenet"):  # a stage is a run of equal widths
         width = [stage.out_channels for stage in stages] + [0]
         levels = [i for i in levels if width[i - 1] != width[i]]
     return levels
+
+
+@torch.no_grad()
+def _strides(stages: Sequence[nn.Module]) -> list[int]:
+    strides, x = [], next(stages[0].parameters()).new_zeros(1, 3, 64, 64)
+    for stage in stages:
+        x = stage(x)
+        strides.append(64 // x.shape[-1])
+    return strides
 
 
 # ------------------------------------------------------------------------------------------------
@@ -758,11 +762,10 @@ class GaussianAD(nn.Module):
 
 
 def _checked_map_levels(levels: Sequence[int] | None, extractor: FeatureExtractor) -> list[int]:
-    if levels is None:  # strides are powers of two: see how far each level shrinks an image
-        with torch.no_grad():
-            maps = extractor(extractor.mean.new_zeros(1, 3, 64, 64))
-        off = [abs(math.log2(64 / features.shape[-1]) - 4) for features in maps]
-        levels = [level for level, octaves in zip(extractor.levels, off) if octaves == min(off)]
+    if levels is None:
+        strides = _strides(extractor.stages)
+        octaves = {level: abs(math.log2(strides[level - 1] / 16)) for level in extractor.levels}
+        levels = [level for level, off in octaves.items() if off == min(octaves.values())]
     levels = sorted(set(levels))
     if not levels or not set(levels) <= set(extractor.levels):
         raise ValueError(f"map levels {levels} are not among the levels {extractor.levels}")

@@ -12,7 +12,6 @@ the category's test folder.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from argparse import Namespace
@@ -143,13 +142,14 @@ def train(detector: GaussianAD, images: Images, validator: AugmentationValidator
     settings = {key: str(value) if isinstance(value, Path) else value
                 for key, value in vars(args).items()}
     settings |= {"levels": detector.extractor.levels, "map_levels": detector.map_levels}
-    checks, best, since = [], None, 0
+    checks, since = [], 0
     print(heading(validator))
     for record, validation in fine_tune(detector, images, validator, args, device):
-        frozen = frozen if checks else validation
+        if not checks:
+            frozen = best = validation
         record["gain"], record["standard_error"] = validation.gain_over(frozen)
-        gain, error = validation.gain_over(best) if checks else (math.inf, 0)
-        if better := gain > NOISE * error:
+        gain, error = validation.gain_over(best)
+        if better := not checks or gain > NOISE * error:
             best, best_step, since = validation, record["step"], 0
             fit_to_all(detector, images, validator.normal, args, device)
             detector.save(args.out / "detector.pt")
@@ -178,7 +178,7 @@ def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValid
     warmup = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP))
     stream = endless(images, args.batch_size, torch.Generator().manual_seed(args.seed))
-    start, step, losses, pretrained = time.perf_counter(), 0, [], None
+    start, step, pretrained = time.perf_counter(), 0, None
     for check in check_steps(args.steps):
         todo = progress(islice(stream, check - step), (check - step) * args.batch_size,
                         f"training to step {check}")
