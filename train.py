@@ -37,7 +37,7 @@ from gaussad import (
     split_normal,
 )
 
-WARMUP = 64  # steps in which the rate rises to --lr: with all of it at once the loss doubles first
+FIRST_CHECK = 32  # steps: the first few throw the features off, and what is judged then misleads
 NOISE = 2.0  # standard errors that a gain must exceed
 DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "steps": 32, "category": "demo"}
 
@@ -175,14 +175,12 @@ def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValid
     what is judged has the Gaussian of the features as they are now.
     """
     optimizer = torch.optim.Adam(detector.parameters(), lr=args.lr)
-    warmup = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / WARMUP))
     stream = endless(images, args.batch_size, torch.Generator().manual_seed(args.seed))
     start, step, pretrained = time.perf_counter(), 0, None
     for check in check_steps(args.steps):
         todo = progress(islice(stream, check - step), (check - step) * args.batch_size,
                         f"training to step {check}")
-        losses = [train_step(detector, optimizer, warmup, batch.to(device)) for batch in todo]
+        losses = [train_step(detector, optimizer, batch.to(device)) for batch in todo]
         fitting = progress(images.batches(args.batch_size), len(images), "fitting")
         try:
             detector.fit(batch.to(device) for batch in fitting)
@@ -190,7 +188,7 @@ def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValid
         except DegenerateError as error:
             if check == 0:
                 raise
-            print(f"step {check}: {error}. Training diverged and stops; try a smaller --lr")
+            print(f"step {check}: training diverged and stops ({error}); try a smaller --lr")
             return
         pretrained, step = pretrained or detector.gaussians, check
         loss = sum(losses) / len(losses) if losses else None
@@ -204,7 +202,7 @@ def check_steps(last: int) -> Iterator[int]:
     step = 0
     while step < last:
         yield step
-        step = max(WARMUP // 2, 2 * step)
+        step = max(FIRST_CHECK, 2 * step)
     yield last
 
 
@@ -215,13 +213,12 @@ def endless(images: Images, batch_size: int, shuffle: torch.Generator) -> Iterat
 
 
 def train_step(detector: GaussianAD, optimizer: torch.optim.Optimizer,
-               warmup: torch.optim.lr_scheduler.LRScheduler, batch: torch.Tensor) -> float:
+               batch: torch.Tensor) -> float:
     """One step; the loss before it."""
     optimizer.zero_grad()
     loss = detector.loss(batch)
     loss.backward()
     optimizer.step()
-    warmup.step()
     return loss.item()
 
 
