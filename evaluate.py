@@ -218,13 +218,14 @@ def measure(samples: list[Sample], scores: Tensor, maxima: Tensor) -> dict:
 def measure_maps(maps: Tensor, masks: list[Tensor | None]) -> dict:
     """Pixel AUROC and AU-PRO over the images whose mask is known.
 
-    In [0, 1]; None where no pixel is anomalous.
+    In [0, 1]; None where no pixel is anomalous, or none normal.
     """
     known = [i for i, mask in enumerate(masks) if mask is not None]
     truth = torch.stack([masks[i] for i in known]) if known else torch.zeros(0)
+    both = truth.any() and not truth.all()
     return {
-        "pixel_auroc": auroc(maps[known], truth) if truth.any() else None,
-        "aupro": aupro(maps[known], truth) if truth.any() else None,
+        "pixel_auroc": auroc(maps[known], truth) if both else None,
+        "aupro": aupro(maps[known], truth) if both else None,
         "n_without_mask": len(masks) - len(known),
     }
 

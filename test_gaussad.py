@@ -836,6 +836,19 @@ def test_category_without_masks_gets_what_can_be_computed(trained, demo, cli, tm
     assert metrics["n_without_mask"] == 24
 
 
+def test_masks_without_a_normal_pixel_leave_the_pixel_figures_out(trained, cli, tmp_path, demo):
+    (tmp_path / "demo/test").mkdir(parents=True)
+    (tmp_path / "demo/test/stain").symlink_to(demo / "demo/test/stain")
+    (tmp_path / "demo/ground_truth/stain").mkdir(parents=True)
+    for i in range(8):
+        mask = Image.new("L", (64, 64), 255)
+        mask.save(tmp_path / f"demo/ground_truth/stain/{i:03d}_mask.png")
+    code, _, error = cli("evaluate.py", "--data", tmp_path, "--category", "demo", "--out",
+                         trained[0])  # fmt: skip
+    metrics = json.loads((trained[0] / "metrics.json").read_text())
+    assert (code, metrics["pixel_auroc"], metrics["aupro"]) == (0, None, None), error
+
+
 def test_same_seed_same_bits(trained, demo, cli, tmp_path):
     code, _, error = cli("train.py", "--data", demo, "--category", "demo", *TINY, "--steps", 33,
                          "--out", tmp_path)  # fmt: skip
@@ -847,10 +860,14 @@ def test_same_seed_same_bits(trained, demo, cli, tmp_path):
 
 
 def test_diverging_training_keeps_the_best_and_says_so(demo, cli, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in ("metrics.json", "pictures/good_000.png"):  # of an earlier detector
+        (tmp_path / name).write_text("{}")
     code, output, error = cli("train.py", "--data", demo, "--category", "demo", *TINY, "--steps",
                               64, "--lr", "1e6", "--out", tmp_path)  # fmt: skip
     assert (code, error) == (0, "")
     assert "diverged" in output and "Step 0 (the frozen network)" in output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["detector.pt", "history.json"]
     assert GaussianAD.load(tmp_path / "detector.pt").image_size == [64, 64]
 
 

@@ -13,6 +13,7 @@ the category's test folder.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -155,6 +156,7 @@ def train(detector: GaussianAD, images: Images, validator: AugmentationValidator
             detector.save(args.out / "detector.pt")
             for name in ("metrics.json", "scores.csv"):  # of a detector that is no more
                 (args.out / name).unlink(missing_ok=True)
+            shutil.rmtree(args.out / "pictures", ignore_errors=True)
         else:
             since += 1
         checks.append(record)
