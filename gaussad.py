@@ -101,7 +101,7 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
         Sample(path, defect.name, _mask_of(root / category, defect.name, path.stem))
         for defect in folders
         for path in sorted(defect.iterdir())
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in SUFFIXES and path.is_file()
     ]
     if not samples:
         raise ValueError(f"no images in {wanted}: it has no file {', '.join(sorted(SUFFIXES))}")
@@ -370,8 +370,8 @@ def load_plain(path: str | Path, device: torch.device | str = "cpu") -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about files it did not write
             content = torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # the unpickler raises whatever it likes on other files
         raise ValueError(f"{path} is not a file of tensors saved by torch.save") from error
     if not isinstance(content, dict):

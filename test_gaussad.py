@@ -902,6 +902,9 @@ def broken(demo, tmp_path_factory):
     path = root / "truncated/train/good/003.png"
     path.write_bytes(path.read_bytes()[:200])
     (root / "text/train/good/003.png").write_text("not an image")
+    (root / "empty/train/good/folder.png").mkdir()
+    if hasattr(os, "mkfifo"):  # not on Windows
+        os.mkfifo(root / "empty/train/good/pipe.png")
     (root / "file").write_text("not a folder")
     (root / "pickle.pth").write_bytes(pickle.dumps(Path("x")))
     torch.save(models.mobilenet_v3_small().state_dict(), root / "mobilenet_v3_small.pth")
@@ -951,6 +954,7 @@ def test_bad_input_to_train_is_told_in_one_line(args, message, broken, demo, cli
     [
         ("--out ROOT/nowhere", "run train.py first"),
         ("--out ROOT/not_a_detector", "not_a_detector/detector.pt is not"),
+        ("--out ROOT/truncated", "truncated/detector.pt is not a file of tensors"),
         ("--out ROOT/weights_only", "weights_only/detector.pt is not a detector"),
         ("--out RUN --data ROOT --category empty", "the detector of 'demo', not of 'empty'"),
         ("--out RUN --data NO_TEST", "demo/test"),
@@ -960,6 +964,7 @@ def test_bad_input_to_evaluate_is_told_in_one_line(args, message, broken, demo, 
     for name, file in (("not_a_detector", "file"), ("weights_only", "mobilenet_v3_small.pth")):
         (broken / name).mkdir(exist_ok=True)
         (broken / name / "detector.pt").write_bytes((broken / file).read_bytes())
+    (broken / "truncated/detector.pt").write_bytes((trained[0] / "detector.pt").read_bytes()[:5000])
     no_test = trained[0].parent.parent / "data"  # the root it was trained from
     place = lambda text: (text.replace("ROOT", str(broken)).replace("RUN", str(trained[0]))
                           .replace("NO_TEST", str(no_test)))  # fmt: skip
