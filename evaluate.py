@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Score the test images of a category with the detector that train.py saved.
+"""Score the test images of categories, or any images, with the detectors that train.py saved.
 
     python evaluate.py --data mvtec/ --category screw
+    python evaluate.py --data mvtec/ --category all
+    python evaluate.py --model runs/screw/detector.pt --images photos/
 
 Reads runs/<category>/detector.pt; writes metrics.json and scores.csv beside it, and with
---pictures a folder of pictures.
+--pictures a folder of pictures. Of several categories it also writes runs/results.json and
+results.csv. Of your own --images, the scores and pictures go to runs/<category>/scored.
 """
 
 from __future__ import annotations
@@ -13,12 +16,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +39,8 @@ from gaussad import (
     atomic_path,
     aupro,
     auroc,
+    list_categories,
+    list_images,
     list_samples,
     load_mask,
 )
@@ -41,6 +49,7 @@ from gaussad import (
 # What both command lines share
 # ------------------------------------------------------------------------------------------------
 
+T = TypeVar("T")
 OUT_OF_MEMORY = re.compile("out of memory|(can't allocate|not enough) memory")  # GPU; CPU
 
 
@@ -73,8 +82,11 @@ def add_common_options(parser: Parser) -> None:
     """The options of both scripts: data, output, machine."""
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, help="folder of the categories, in the MVTec AD layout")
-    data.add_argument("--category", help="folder in --data, such as screw")
-    data.add_argument("--out", type=Path, help="folder of the run (default: runs/<category>)")
+    data.add_argument("--category", nargs="+", metavar="NAME",
+                      help="folders in --data, such as screw; all: every one")
+    data.add_argument("--out", type=Path,
+                      help="folder of the run (default: runs/<category>); of several categories, "
+                           "the folder of their runs (default: runs)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                          help="auto is the GPU where there is one (default: auto)")
@@ -89,7 +101,9 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("no CUDA device was found; use --device cpu")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's
 
 
 def progress(batches: Iterable[Tensor], total: int, what: str) -> Iterator[Tensor]:
@@ -108,28 +122,63 @@ def progress(batches: Iterable[Tensor], total: int, what: str) -> Iterator[Tenso
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
+def runs(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """The categories asked for: by name, the arguments with that category and its run folder."""
+    names = list_categories(args.data) if args.category == ["all"] else args.category
+    if not names:
+        raise ValueError(f"no category in {args.data}: one is a folder with train/good in it")
+    several = args.category == ["all"] or len(names) > 1
+    root = args.out or Path("runs")
+    folders = {name: root / name if several or not args.out else root for name in names}
+    return {name: argparse.Namespace(**{**vars(args), "category": name, "out": folder})
+            for name, folder in folders.items()}
+
+
+def for_each(todo: dict[str, argparse.Namespace], work: Callable[[argparse.Namespace], T]
+             ) -> dict[str, T]:
+    """The result of the work on each category; where one of several fails, it is told, and the
+    others go on. Raises ValueError in the end if none succeeded."""
+    done = {}
+    for name, args in todo.items():
+        try:
+            done[name] = work(args)
+        except Exception as error:
+            if len(todo) == 1:
+                raise
+            tell(f"{name}: {explain(error)}")
+    if not done and todo:
+        raise ValueError(f"all of {len(todo)} categories failed")
+    return done
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write `content` atomically, to be read by programs and by people."""
     with atomic_path(path) as part:
         part.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`; what the user can mend ends in one line and exit code 2, not in a traceback."""
+def tell(message: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def explain(error: Exception) -> str:
+    """What the user can mend; any other error is raised again, for its traceback."""
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+        return "out of memory; use a smaller --batch-size or --image-size"
+    if not isinstance(error, (ValueError, OSError)):
+        raise error
+    return str(error)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Exit with what `main` returns; what the user can mend ends in one line and exit code 2."""
     try:
-        main()
-    except (ValueError, OSError) as error:
-        message = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
-            raise
-        message = "out of memory; use a smaller --batch-size or --image-size"
+        sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    else:
-        return
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    except Exception as error:
+        tell(explain(error))
+        sys.exit(2)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -137,50 +186,119 @@ def run(main: Callable[[], None]) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
+RESULTS = ["image_auroc", "image_auroc_from_map", "pixel_auroc", "aupro",
+           "false_alarm_rate", "miss_rate", "f1"]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    device = pick_device(args.device)
+    if args.images:
+        score_own(args, device)
+        return 0
+    todo = runs(args)
+    metrics = for_each(todo, lambda args: evaluate(args, device))
+    if len(todo) > 1:
+        write_results(args.out or Path("runs"), metrics)
+    return 0 if len(metrics) == len(todo) else 2
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_common_options(parser)
     parser.add_argument("--pictures", action="store_true",
-                        help="draw the anomaly map over each test image, in <out>/pictures")
+                        help="draw the anomaly map over each image, in <out>/pictures")
+    own = parser.add_argument_group("your own images, in place of --data and --category")
+    own.add_argument("--model", type=Path, metavar="FILE", help="a detector.pt that train.py saved")
+    own.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="files, or folders")
     args = parser.parse_args(argv)
-    if args.data is None or args.category is None:
-        parser.error("--data and --category are needed")
-    device = pick_device(args.device)
-    out = args.out or Path("runs") / args.category
+    if bool(args.model) != bool(args.images) or args.images and (args.data or args.category):
+        parser.error("--model and --images go together, and without --data and --category")
+    if not args.images and (args.data is None or args.category is None):
+        parser.error("--data and --category are needed, or --model and --images")
+    return args
+
+
+def load_detector(path: Path, device: torch.device) -> GaussianAD:
+    detector = GaussianAD.load(path, device)
+    if not detector.image_size or len(set(detector.image_size)) > 1:
+        raise ValueError(f"{path} was not fitted to square images")
+    return detector
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
+    """Score and measure a category; write and print what is found, and return the metrics."""
+    out = args.out
     if not (out / "detector.pt").is_file():
         raise ValueError(f"no detector.pt in {out}: run train.py first, or point --out to it")
     history = read_history(out)
-    trained_on = history.get("settings", {}).get("category", args.category)
-    if trained_on != args.category:
+    trained_on = history.get("settings", {}).get("category")
+    if trained_on not in (None, args.category):
         raise ValueError(f"{out} holds the detector of {trained_on!r}, not of {args.category!r}")
-    detector = GaussianAD.load(out / "detector.pt", device)
-    if not detector.image_size or len(set(detector.image_size)) > 1:
-        raise ValueError(f"{out / 'detector.pt'} was not fitted to square images")
+    detector = load_detector(out / "detector.pt", device)
     samples = list_samples(args.data, args.category, "test")
     masks = read_masks(samples, detector.image_size[0])
     images = Images([sample.path for sample in samples], detector.image_size[0], args.workers)
-    scores, maps = score(detector, images, args.batch_size, device)
-    maxima = maps.amax((1, 2))
-    metrics = {**measure(samples, scores, maxima), **measure_maps(maps, masks),
+    scored = score(detector, images, args.batch_size, device)
+    labels = torch.tensor([sample.label for sample in samples])
+    metrics = {**measure(samples, labels, scored), **measure_maps(scored.maps, masks),
+               **measure_verdicts(labels, scored.map_ratios > 1),
                "best_step": history.get("best_step")}
-    write_scores(out / "scores.csv", samples, scores, maxima)
+    columns = {"defect": [sample.defect for sample in samples], "label": labels.tolist()}
+    write_scores(out / "scores.csv", images.paths, columns, scored)
     write_json(out / "metrics.json", metrics)
     print(table(args.category, samples, metrics))
     print(f"metrics.json and scores.csv are in {out}")
     if args.pictures:
-        decoded = chain.from_iterable(images.batches(args.batch_size))  # mostly in memory still
-        write_pictures(out / "pictures", detector, samples, decoded, scores, maxima, maps, masks)
+        names = [f"{sample.defect}_{sample.path.stem}" for sample in samples]
+        files = write_pictures(out / "pictures", detector, names, images, scored, masks)
+        write_sheets(out / "pictures", files, labels.tolist(), scored.map_ratios.tolist())
         print(f"Pictures are in {out / 'pictures'}; misses.png and false_alarms.png sum them up")
+    return metrics
+
+
+def score_own(args: argparse.Namespace, device: torch.device) -> None:
+    """Score images of no data set: path, the map's maximum over its threshold, and the verdict."""
+    detector = load_detector(args.model, device)
+    images = Images(list_images(args.images), detector.image_size[0], args.workers)
+    scored = score(detector, images, args.batch_size, device)
+    out = args.out or args.model.parent / "scored"
+    out.mkdir(parents=True, exist_ok=True)
+    write_scores(out / "scores.csv", images.paths, {}, scored)
+    for path, ratio, verdict in zip(images.paths, scored.map_ratios.tolist(), scored.verdicts):
+        print(f"{ratio:8.3f} {verdict:<9} {path}")
+    print(f"(1 is the threshold.) scores.csv is in {out}")
+    if args.pictures:
+        names = [f"{i:04d}_{path.stem}" for i, path in enumerate(images.paths)]
+        write_pictures(out / "pictures", detector, names, images, scored, [None] * len(images))
+        print(f"Pictures are in {out / 'pictures'}")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a detector says of N images, on the CPU; verdicts go by the map's maximum."""
+
+    scores: Tensor  # (N,) float64
+    maps: Tensor  # (N, H, W) float32
+    maxima: Tensor  # (N,) of the maps
+    score_ratios: Tensor  # (N,) scores over their threshold
+    map_ratios: Tensor  # (N,) maxima over their threshold
+
+    @property
+    def verdicts(self) -> list[str]:
+        """"anomalous", "normal", or "-" for a detector without a threshold."""
+        words = {True: "anomalous", False: "normal"}
+        return ["-" if ratio != ratio else words[ratio > 1] for ratio in self.map_ratios.tolist()]
 
 
 @torch.inference_mode()
-def score(detector: GaussianAD, images: Images, batch_size: int,
-          device: torch.device) -> tuple[Tensor, Tensor]:
-    """The score (N,) float64 and the anomaly map (N, H, W) float32 of each image, on the CPU."""
+def score(detector: GaussianAD, images: Images, batch_size: int, device: torch.device) -> Scored:
     batches = progress(images.batches(batch_size), len(images), "scoring")
     found = [detector.scores_and_maps(batch.to(device)) for batch in batches]
-    scores, maps = zip(*found)
-    return torch.cat(scores).cpu(), torch.cat(maps).cpu()
+    scores, maps = (torch.cat(parts).cpu() for parts in zip(*found))
+    maxima = maps.amax((1, 2))
+    return Scored(scores, maps, maxima, scores / detector.threshold.cpu(),
+                  maxima / detector.map_threshold.cpu())
 
 
 def read_masks(samples: list[Sample], size: int) -> list[Tensor | None]:
@@ -193,25 +311,42 @@ def read_masks(samples: list[Sample], size: int) -> list[Tensor | None]:
     return [read(sample) for sample in samples]
 
 
-def measure(samples: list[Sample], scores: Tensor, maxima: Tensor) -> dict:
+def measure(samples: list[Sample], labels: Tensor, scored: Scored) -> dict:
     """AUROC over all test images, by score and by the map's maximum, and of each defect against
     all normal ones.
 
     In [0, 1]; None where one of the two classes is missing.
     """
-    labels = torch.tensor([sample.label for sample in samples])
     n_anomalous = int(labels.sum())
     n_normal = len(samples) - n_anomalous
+    both = n_normal and n_anomalous
     per_defect = {}
     for defect in sorted({sample.defect for sample in samples if sample.label}):
         chosen = torch.tensor([sample.defect in (NORMAL, defect) for sample in samples])
-        per_defect[defect] = auroc(scores[chosen], labels[chosen]) if n_normal else None
+        per_defect[defect] = auroc(scored.scores[chosen], labels[chosen]) if n_normal else None
     return {
-        "image_auroc": auroc(scores, labels) if n_normal and n_anomalous else None,
-        "image_auroc_from_map": auroc(maxima, labels) if n_normal and n_anomalous else None,
+        "image_auroc": auroc(scored.scores, labels) if both else None,
+        "image_auroc_from_map": auroc(scored.maxima, labels) if both else None,
         "image_auroc_per_defect": per_defect,
         "n_normal": n_normal,
         "n_anomalous": n_anomalous,
+    }
+
+
+def measure_verdicts(labels: Tensor, told: Tensor) -> dict:
+    """How often images labelled 0 or 1 (N,), told anomalous or not (N,) bool, are told wrongly.
+
+    The share of normal images told anomalous, of anomalous ones told normal, and
+    F1 = 2 hits / (2 hits + misses + false alarms); in [0, 1], None where there are no such images.
+    """
+    anomalous = labels == 1
+    misses, alarms = int((anomalous & ~told).sum()), int((~anomalous & told).sum())
+    hits = int((anomalous & told).sum())
+    n = int(anomalous.sum())
+    return {
+        "false_alarm_rate": alarms / (len(labels) - n) if n < len(labels) else None,
+        "miss_rate": misses / n if n else None,
+        "f1": 2 * hits / (2 * hits + misses + alarms) if n else None,
     }
 
 
@@ -240,32 +375,62 @@ def read_history(out: Path) -> dict:
     return history if well_formed else {}
 
 
-def write_scores(path: Path, samples: list[Sample], scores: Tensor, maxima: Tensor) -> None:
-    """One line per image: path, defect, label, score and the map's maximum in full precision."""
+def write_scores(path: Path, paths: list[Path], columns: dict[str, list], scored: Scored) -> None:
+    """One line per image: its path, the columns given, and its scores in full precision."""
+    columns = {"path": [path.as_posix() for path in paths], **columns,
+               "score": scored.scores.tolist(), "map_maximum": scored.maxima.tolist(),
+               "score_of_threshold": scored.score_ratios.tolist(),
+               "map_of_threshold": scored.map_ratios.tolist(), "verdict": scored.verdicts}
+    write_csv(path, list(columns), zip(*columns.values()))
+
+
+def write_csv(path: Path, header: list[str], rows: Iterable) -> None:
     with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "defect", "label", "score", "map_maximum"])
-        for sample, *values in zip(samples, scores.tolist(), maxima.tolist()):
-            writer.writerow([sample.path.as_posix(), sample.defect, sample.label, *values])
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_results(root: Path, metrics: dict[str, dict]) -> None:
+    """results.json and results.csv, a row each category, and at the end the mean over them with
+    its standard error; the same printed in %."""
+    rows = {name: [found[key] for key in RESULTS] for name, found in metrics.items()}
+    mean, error = [], []
+    for values in zip(*rows.values()):
+        known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
+        mean.append(known.mean().item() if len(known) else None)
+        error.append((known.std() / len(known)**0.5).item() if len(known) > 1 else None)
+    rows |= {"mean": mean, "standard error": error}
+    write_json(root / "results.json",
+               {name: dict(zip(RESULTS, values)) for name, values in rows.items()})
+    write_csv(root / "results.csv", ["category", *RESULTS],
+              ([name, *values] for name, values in rows.items()))
+    print(f"{'in %':<16}" + "".join(f"{key.replace('image_auroc', 'image'):>18}" for key in RESULTS))
+    for name, values in rows.items():
+        cells = ("-" if value is None else f"{100 * value:.1f}" for value in values)
+        print(f"{name:<16}" + "".join(f"{cell:>18}" for cell in cells))
+    print(f"results.json and results.csv are in {root}")
 
 
 def table(category: str, samples: list[Sample], metrics: dict) -> str:
-    """The metrics as a table, AUROC in percent."""
+    """The metrics as a table."""
 
     def row(name: str, images: int, value: float | None) -> str:
         return f"{name:<24} {images:>6} {'-' if value is None else f'{100 * value:.1f}':>11}"
 
-    lines = [f"{category:<24} images  AUROC in %"]
+    lines = [f"{category:<24} images        in %"]
     for defect, value in metrics["image_auroc_per_defect"].items():
-        lines.append(row(defect, sum(sample.defect == defect for sample in samples), value))
-    lines.append(row("all anomalous", metrics["n_anomalous"], metrics["image_auroc"]))
+        lines.append(row(f"{defect}, AUROC", sum(sample.defect == defect for sample in samples), value))
+    lines.append(row("all anomalous, AUROC", metrics["n_anomalous"], metrics["image_auroc"]))
     lines.append(row("  by the map's maximum", metrics["n_anomalous"],
                      metrics["image_auroc_from_map"]))
-    lines.append(row("normal", metrics["n_normal"], None))
     lines.append(row("pixels, AUROC", len(samples) - metrics["n_without_mask"],
                      metrics["pixel_auroc"]))
     lines.append(row("pixels, AU-PRO to 30 %", len(samples) - metrics["n_without_mask"],
                      metrics["aupro"]))
+    lines.append(row("false alarms", metrics["n_normal"], metrics["false_alarm_rate"]))
+    lines.append(row("misses", metrics["n_anomalous"], metrics["miss_rate"]))
+    lines.append(row("F1 of the verdicts", len(samples), metrics["f1"]))
     if metrics["image_auroc"] is None:
         lines.append("No AUROC: it needs normal (test/good) and anomalous images, both.")
     if metrics["n_without_mask"]:
@@ -282,26 +447,26 @@ SHEET = 12  # pictures on a contact sheet
 CAPTION = 28  # height of the caption in pixels
 
 
-def write_pictures(folder: Path, detector: GaussianAD, samples: list[Sample],
-                   images: Iterable[Tensor], scores: Tensor, maxima: Tensor, maps: Tensor,
-                   masks: list[Tensor | None]) -> None:
-    """A picture of each image, <defect>_<name>.png, and sheets of the worst misses and alarms.
-
-    The verdict is by the map's maximum, which is the more reliable of the two image scores.
-    """
+def write_pictures(folder: Path, detector: GaussianAD, names: list[str], images: Images,
+                   scored: Scored, masks: list[Tensor | None]) -> list[Path]:
+    """A picture <name>.png of each image; the files. Mostly, the images are in memory still."""
     folder.mkdir(exist_ok=True)
     usual, threshold = detector.map_usual.item(), detector.map_threshold.item()
-    ratios = (maxima / threshold).tolist()
-    score_ratios = (scores / detector.threshold.cpu()).tolist()
-    files = [folder / f"{sample.defect}_{sample.path.stem}.png" for sample in samples]
-    for i, (file, sample, image) in enumerate(zip(files, samples, images)):
-        verdict = "ANOMALOUS" if ratios[i] > 1 else "normal"
-        text = (f"{sample.defect} {sample.path.stem}: {verdict}, map {ratios[i]:.2f}, "
-                f"score {score_ratios[i]:.2f} (of threshold)")
-        strength = (maps[i] - usual) / (threshold - usual) / 2
-        with atomic_path(file) as part:
+    files = [folder / f"{name}.png" for name in names]
+    decoded = chain.from_iterable(images.batches(SHEET))
+    ratios = zip(scored.map_ratios.tolist(), scored.score_ratios.tolist())
+    for i, (image, (map_ratio, score_ratio)) in enumerate(zip(decoded, ratios)):
+        text = (f"{names[i].replace('_', ' ', 1)}: {scored.verdicts[i].upper()}, "
+                f"map {map_ratio:.2f}, score {score_ratio:.2f} (of threshold)")
+        strength = (scored.maps[i] - usual) / (threshold - usual) / 2
+        with atomic_path(files[i]) as part:
             draw_picture(image, strength.clamp(0, 1), masks[i], text).save(part, "PNG")
-    ranked = sorted(zip(ratios, [sample.label for sample in samples], files))
+    return files
+
+
+def write_sheets(folder: Path, files: list[Path], labels: list[int], ratios: list[float]) -> None:
+    """Contact sheets of the worst misses and of the worst false alarms, by map over threshold."""
+    ranked = sorted(zip(ratios, labels, files))
     misses = [file for ratio, label, file in ranked if label and ratio <= 1]
     false_alarms = [file for ratio, label, file in ranked[::-1] if not label and ratio > 1]
     write_sheet(folder / "misses.png", misses)

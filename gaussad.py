@@ -100,12 +100,30 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
     samples = [
         Sample(path, defect.name, _mask_of(root / category, defect.name, path.stem))
         for defect in folders
-        for path in sorted(defect.iterdir())
-        if path.suffix.lower() in SUFFIXES and path.is_file()
+        for path in _images_in(defect)
     ]
     if not samples:
         raise ValueError(f"no images in {wanted}: it has no file {', '.join(sorted(SUFFIXES))}")
     return samples
+
+
+def list_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Image files: those named, and those in the folders named, sorted by name.
+
+    Raises ValueError for a path that does not exist and a folder without an image.
+    """
+    files = []
+    for path in map(Path, paths):
+        found = _images_in(path) if path.is_dir() else [path] if path.exists() else []
+        if not found:
+            raise ValueError(f"no images at {path}: give image files, or folders of them")
+        files += found
+    return files
+
+
+def _images_in(folder: Path) -> list[Path]:
+    files = sorted(folder.iterdir())
+    return [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]
 
 
 def _mask_of(category: Path, defect: str, stem: str) -> Path | None:

@@ -3,10 +3,14 @@
 """Fine-tune a Gaussian anomaly detector on the normal images of a category.
 
     python train.py --data mvtec/ --category screw
+    python train.py --data mvtec/ --category all
+    torchrun --nproc-per-node 8 train.py --data mvtec/ --category all
+    python train.py --normal photos/ --out runs/mine
     python train.py --demo
 
-Writes runs/<category>/detector.pt and history.json, over those of an earlier run; never opens
-the category's test folder.
+Writes runs/<category>/detector.pt and history.json, over those of an earlier run, unless that
+was the same run and finished; never opens the category's test folder. An interrupted run goes on
+from its last check with --resume.
 --demo draws a small data set, trains a small backbone on it and evaluates it.
 """
 
@@ -23,7 +27,18 @@ from pathlib import Path
 import torch
 
 import evaluate
-from evaluate import Parser, add_common_options, number, pick_device, progress, run, write_json
+from evaluate import (
+    Parser,
+    add_common_options,
+    for_each,
+    number,
+    pick_device,
+    progress,
+    read_history,
+    run,
+    runs,
+    write_json,
+)
 from gaussad import (
     AUGMENTATIONS,
     COVARIANCES,
@@ -33,39 +48,52 @@ from gaussad import (
     GaussianAD,
     Images,
     Validation,
+    atomic_path,
     draw_demo,
+    list_images,
     list_samples,
+    load_plain,
     split_normal,
 )
 
 FIRST_CHECK = 32  # steps: the first few throw the features off, and what is judged then misleads
+ELSEWHERE = {"device", "workers", "resume", "force", "demo"}  # options that change no result
 NOISE = 2.0  # standard errors that a gain must exceed
-DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "steps": 32, "category": "demo"}
+DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "steps": 32, "category": ["demo"]}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device = pick_device(args.device)
     if args.demo:
         args.data = args.out / "data"
         make_folder(args.data)
         draw_demo(args.data, args.image_size)
-    normal, held_out = split_normal(list_samples(args.data, args.category, "train"), args.seed)
-    detector = GaussianAD(make_extractor(args), args.map_levels, args.covariance).to(device)
-    make_folder(args.out)
-    images = Images([sample.path for sample in normal], args.image_size, args.workers)
-    validator = make_validator([sample.path for sample in held_out], args)
-    train(detector, images, validator, args, device)
+    todo = {str(args.normal): args} if args.normal else shared(runs(args))
+    done = for_each(todo, lambda args: train(args, device))
     if args.demo:
         evaluate.main(["--data", str(args.data), "--category", "demo", "--out", str(args.out),
                        "--device", args.device, "--workers", str(args.workers),
                        "--batch-size", str(args.batch_size)])
+    return 0 if len(done) == len(todo) else 2
+
+
+def shared(todo: dict[str, Namespace]) -> dict[str, Namespace]:
+    """What of it this process does, of those that torchrun started."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return dict(islice(todo.items(), rank, None, processes))
 
 
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--demo", action="store_true", help="draw data, train and evaluate on it")
     add_common_options(parser)
+    parser.add_argument("--normal", type=Path, metavar="FOLDER",
+                        help="train on the images in it, in place of --data and --category")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with an interrupted run, from its last check")
+    parser.add_argument("--force", action="store_true",
+                        help="train anew what was finished with the same settings")
     model = parser.add_argument_group("model")
     model.add_argument("--backbone", default="efficientnet_b4",
                        help="torchvision's name of an EfficientNet, MobileNet or ResNet "
@@ -98,11 +126,14 @@ def parse(argv: list[str] | None) -> Namespace:
     if parser.parse_args(argv).demo:
         parser.set_defaults(**DEMO)  # what the user gives still comes first
     args = parser.parse_args(argv)
-    if args.demo and (args.data or args.category != "demo"):
-        parser.error("--demo draws its own data: leave out --data and --category")
-    if not args.demo and (args.data is None or args.category is None):
-        parser.error("--data and --category are needed, or --demo")
-    args.out = args.out or Path("runs") / args.category
+    if args.demo and (args.data or args.normal or args.category != ["demo"]):
+        parser.error("--demo draws its own data: leave out --data, --category and --normal")
+    if args.normal and (args.data or args.category or not args.out):
+        parser.error("--normal goes with --out, and without --data and --category")
+    if not args.demo and not args.normal and (args.data is None or args.category is None):
+        parser.error("--data and --category are needed, or --normal, or --demo")
+    if args.demo:
+        args.out = args.out or Path("runs/demo")
     return args
 
 
@@ -133,70 +164,135 @@ def make_extractor(args: Namespace) -> FeatureExtractor:
         return FeatureExtractor(args.backbone, args.levels, "random")
 
 
-def train(detector: GaussianAD, images: Images, validator: AugmentationValidator,
-          args: Namespace, device: torch.device) -> None:
+def train(args: Namespace, device: torch.device) -> None:
     """Fine-tune and keep the check the validator likes best; the first is the frozen network.
 
     A later one must be better by more than NOISE standard errors. The best detector is on disk as
     soon as it is known, its Gaussians fitted to all images.
     """
     settings = {key: str(value) if isinstance(value, Path) else value
-                for key, value in vars(args).items()}
-    settings |= {"levels": detector.extractor.levels, "map_levels": detector.map_levels}
-    checks, since = [], 0
+                for key, value in vars(args).items() if key not in ELSEWHERE}
+    past = read_history(args.out)
+    finished = past.get("finished") and (args.out / "detector.pt").is_file()
+    if finished and past["settings"] == settings and not args.force:
+        print(f"{args.out} is finished; --force trains it anew")
+        return
+    fit, held_out = split_normal(normal_images(args), args.seed)
+    detector = GaussianAD(make_extractor(args), args.map_levels, args.covariance).to(device)
+    make_folder(args.out)
+    state = read_checkpoint(args.out / "checkpoint.pt", settings) if args.resume else None
+    images = Images(fit, args.image_size, args.workers)
+    validator = make_validator(held_out, args)
+    history = {"settings": settings, "levels": detector.extractor.levels,
+               "map_levels": detector.map_levels, "finished": False}
     print(heading(validator))
-    for record, validation in fine_tune(detector, images, validator, args, device):
-        if not checks:
-            frozen = best = validation
-        record["gain"], record["standard_error"] = validation.gain_over(frozen)
-        gain, error = validation.gain_over(best)
-        if better := not checks or gain > NOISE * error:
-            best, best_step, since = validation, record["step"], 0
+    try:
+        select(detector, images, validator, args, device, state, history)
+    except KeyboardInterrupt:
+        print(f"Interrupted: the same command with --resume goes on from the last check in "
+              f"{args.out}")
+        raise
+    step = history["best_step"]
+    print(f"Step {step}{' (the frozen network)' if step == 0 else ''} is the validator's choice; "
+          f"its detector is {args.out / 'detector.pt'}")
+
+
+def normal_images(args: Namespace) -> list[Path]:
+    if args.normal:
+        return list_images([args.normal])
+    return [sample.path for sample in list_samples(args.data, args.category, "train")]
+
+
+def read_checkpoint(path: Path, settings: dict) -> dict | None:
+    """What `select` saved at the last check; None if there is nothing to go on with."""
+    if not path.is_file():
+        return None
+    state = load_plain(path)
+    if state.get("settings") != settings:
+        raise ValueError(f"{path} is of a run with other settings: leave out --resume to start "
+                         "anew, or give the same")
+    return state
+
+
+def select(detector: GaussianAD, images: Images, validator: AugmentationValidator, args: Namespace,
+           device: torch.device, state: dict | None, history: dict) -> None:
+    """Judge each check, and save the detector if it is the best, the history and a checkpoint."""
+    state = state or {"settings": history["settings"], "checks": [], "since": 0}
+    best, checks = Validation({}, state.get("best")), state["checks"]
+    for record, found, training in fine_tune(detector, images, validator, args, device, state):
+        frozen = state.setdefault("frozen", found.separation)
+        record["gain"], record["standard_error"] = found.gain_over(Validation({}, frozen))
+        if better := not checks or is_gain(*found.gain_over(best)):
+            best, state["best"], state["best_step"] = found, found.separation, record["step"]
             fit_to_all(detector, images, validator.normal, args, device)
-            detector.save(args.out / "detector.pt")
-            for name in ("metrics.json", "scores.csv"):  # of a detector that is no more
-                (args.out / name).unlink(missing_ok=True)
-            shutil.rmtree(args.out / "pictures", ignore_errors=True)
-        else:
-            since += 1
+            save(detector, args.out)
         checks.append(record)
-        history = {"settings": settings, "checks": checks, "best_step": best_step}
-        write_json(args.out / "history.json", history)
         print(line(record) + ("  best so far" if better else ""), flush=True)
-        if since >= args.patience:
+        state["since"] = 0 if better else state["since"] + 1
+        history |= {"checks": checks, "best_step": state["best_step"],
+                    "finished": state["since"] >= args.patience or record["step"] == args.steps}
+        write_json(args.out / "history.json", history)
+        if history["finished"]:
             break
-    print(f"Step {best_step}{' (the frozen network)' if best_step == 0 else ''} is the "
-          f"validator's choice; its detector is {args.out / 'detector.pt'}")
+        with atomic_path(args.out / "checkpoint.pt") as part:
+            torch.save(state | training | {"step": record["step"]}, part)
+    history |= {"checks": checks, "best_step": state["best_step"], "finished": True}
+    write_json(args.out / "history.json", history)  # once more, where training diverged
+    (args.out / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def is_gain(gain: float, standard_error: float) -> bool:
+    return gain > NOISE * standard_error
+
+
+def save(detector: GaussianAD, out: Path) -> None:
+    """Save the detector, and remove what tells of the one that was there."""
+    detector.save(out / "detector.pt")
+    for name in ("metrics.json", "scores.csv"):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "pictures", ignore_errors=True)
 
 
 def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValidator,
-              args: Namespace, device: torch.device) -> Iterator[tuple[dict, Validation]]:
-    """Yield a record and the validation of each check, the detector refitted and judged by then.
+              args: Namespace, device: torch.device, state: dict
+              ) -> Iterator[tuple[dict, Validation, dict]]:
+    """Yield a record and the validation of each check, the detector refitted and judged by then,
+    and what is needed to go on from there; the checks in `state` are over already.
 
     Training pulls the features to the Gaussian of the pre-trained network, which stays fixed;
     what is judged has the Gaussian of the features as they are now.
     """
+    def fit() -> GaussianAD:
+        batches = progress(images.batches(args.batch_size), len(images), "fitting")
+        return detector.fit(batch.to(device) for batch in batches)
+
+    start, step, pretrained = time.perf_counter(), state.get("step", 0), fit().gaussians
     optimizer = torch.optim.Adam(detector.parameters(), lr=args.lr)
+    if "network" in state:
+        detector.extractor.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
     stream = endless(images, args.batch_size, torch.Generator().manual_seed(args.seed))
-    start, step, pretrained = time.perf_counter(), 0, None
-    for check in check_steps(args.steps):
+    stream = islice(stream, step, None)  # what was trained on already is drawn again and dropped
+    for check in islice(check_steps(args.steps), len(state["checks"]), None):
+        detector.gaussians = pretrained
         todo = progress(islice(stream, check - step), (check - step) * args.batch_size,
                         f"training to step {check}")
         losses = [train_step(detector, optimizer, batch.to(device)) for batch in todo]
-        fitting = progress(images.batches(args.batch_size), len(images), "fitting")
         try:
-            detector.fit(batch.to(device) for batch in fitting)
+            if check:
+                fit()
             found = validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
         except DegenerateError as error:
             if check == 0:
                 raise
             print(f"step {check}: training diverged and stops ({error}); try a smaller --lr")
             return
-        pretrained, step = pretrained or detector.gaussians, check
-        loss = sum(losses) / len(losses) if losses else None
-        yield {"step": check, "loss": loss, "seconds": time.perf_counter() - start,
-               "auroc": found.auroc}, found
-        start, detector.gaussians = time.perf_counter(), pretrained
+        loss, step = sum(losses) / len(losses) if losses else None, check
+        record = {"step": check, "loss": loss, "seconds": time.perf_counter() - start,
+                  "auroc": found.auroc}
+        yield record, found, {"network": detector.extractor.state_dict(),
+                              "optimizer": optimizer.state_dict()}
+        start = time.perf_counter()
 
 
 def check_steps(last: int) -> Iterator[int]:
