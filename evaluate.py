@@ -400,7 +400,7 @@ def write_results(root: Path, metrics: dict[str, dict]) -> None:
         known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
         mean.append(known.mean().item() if len(known) else None)
         error.append((known.std() / len(known)**0.5).item() if len(known) > 1 else None)
-    rows |= {"mean": mean, "standard error": error}
+    rows |= {"mean": mean, "standard_error": error}
     write_json(root / "results.json",
                {name: dict(zip(RESULTS, values)) for name, values in rows.items()})
     write_csv(root / "results.csv", ["category", *RESULTS],

@@ -15,6 +15,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 from torchvision import models
 
+import evaluate
 import gaussad
 from gaussad import FeatureExtractor, Gaussian, GaussianAD, Moments
 
@@ -871,6 +873,124 @@ def test_diverging_training_keeps_the_best_and_says_so(demo, cli, tmp_path):
     assert GaussianAD.load(tmp_path / "detector.pt").image_size == [64, 64]
 
 
+@pytest.fixture(scope="module")
+def two(demo, tmp_path_factory):
+    """A data root with two categories, and one that is broken."""
+    root = tmp_path_factory.mktemp("two")
+    for name in ("disc", "plate"):
+        (root / name).symlink_to(demo / "demo")
+    (root / "broken/train/good").mkdir(parents=True)
+    return root
+
+
+def test_several_categories_one_of_which_fails(two, cli, tmp_path):
+    given = ["--data", two, "--category", "all", "--out", tmp_path]
+    frozen = [*given, *TINY, "--steps", 0]
+    code, output, error = cli("train.py", *frozen)
+    assert code == 2 and re.search(r"^train.py: error: broken: no images in .*\n$", error)
+    trained = {name: (tmp_path / name / "detector.pt").stat().st_mtime_ns
+               for name in ("disc", "plate")}  # fmt: skip
+    code, output, error = cli("evaluate.py", *given)
+    assert code == 2 and re.search("^evaluate.py: error: broken: no detector.pt", error)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["disc", "plate", "mean", "standard_error"]
+    metrics = json.loads((tmp_path / "plate/metrics.json").read_text())
+    assert results["plate"]["image_auroc"] == metrics["image_auroc"] == results["mean"]["image_auroc"]
+    assert results["standard_error"]["image_auroc"] == 0  # twice the same data
+    rows = list(csv.reader((tmp_path / "results.csv").open(newline="")))
+    assert [row[0] for row in rows] == ["category", *results] and float(rows[1][1]) >= 0
+    assert re.search("(?m)^mean .*\n^standard_error", output)
+
+    code, output, _ = cli("train.py", *frozen[:2], "--category", "disc", "plate", *frozen[4:])
+    assert code == 0 and output.count("is finished; --force trains it anew") == 2
+    assert {name: (tmp_path / name / "detector.pt").stat().st_mtime_ns for name in trained} == trained
+    code, output, _ = cli("train.py", *frozen[:2], "--category", "disc", "plate", *frozen[4:],
+                          "--seed", 1)  # fmt: skip
+    assert code == 0 and "is finished" not in output  # other settings
+    before = (tmp_path / "disc/detector.pt").stat().st_mtime_ns
+    code, output, _ = cli("train.py", *frozen[:2], "--category", "disc", "plate", *frozen[4:],
+                          "--seed", 1, "--force")  # fmt: skip
+    assert code == 0 and (tmp_path / "disc/detector.pt").stat().st_mtime_ns > before
+
+
+def test_processes_of_torchrun_share_the_categories(two, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, error = cli("train.py", "--data", two, "--category", "broken", "disc", *TINY,
+                         "--steps", 0, "--out", tmp_path)  # fmt: skip
+    assert code == 0 and [path.name for path in tmp_path.iterdir()] == ["disc"], error
+
+
+def test_mean_and_standard_error_of_results(tmp_path, capsys):
+    figures = [{"image_auroc": a, "aupro": b} for a, b in ((0.9, None), (0.8, 0.5), (0.4, None))]
+    rows = {str(i): dict.fromkeys(evaluate.RESULTS) | row for i, row in enumerate(figures)}
+    evaluate.write_results(tmp_path, rows)
+    results = json.loads((tmp_path / "results.json").read_text())
+    values = [0.9, 0.8, 0.4]
+    assert results["mean"]["image_auroc"] == pytest.approx(np.mean(values))
+    expected = np.std(values, ddof=1) / np.sqrt(3)
+    assert results["standard_error"]["image_auroc"] == pytest.approx(expected)
+    assert results["mean"]["aupro"] == 0.5 and results["standard_error"]["aupro"] is None
+    assert results["mean"]["f1"] is None
+
+
+def test_verdicts_are_counted():
+    labels, told = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([True, False, False, True, False])
+    expected = {"false_alarm_rate": 1 / 3, "miss_rate": 1 / 2, "f1": 1 / 2}
+    assert evaluate.measure_verdicts(labels, told) == pytest.approx(expected)
+    assert evaluate.measure_verdicts(labels[:3], told[:3]) == pytest.approx(
+        {"false_alarm_rate": 1 / 3, "miss_rate": None, "f1": None})  # fmt: skip
+    assert evaluate.measure_verdicts(labels[3:], told[3:])["false_alarm_rate"] is None
+
+
+def test_own_images_are_trained_on_and_scored(demo, cli, tmp_path):
+    good, stain = demo / "demo/test/good", demo / "demo/test/stain/000.png"
+    code, _, error = cli("train.py", "--normal", demo / "demo/train/good", "--out", tmp_path,
+                         *TINY, "--steps", 0)  # fmt: skip
+    assert code == 0, error
+    code, output, error = cli("evaluate.py", "--model", tmp_path / "detector.pt", "--images", good,
+                              stain, "--pictures")  # fmt: skip
+    assert code == 0, error
+    rows = list(csv.DictReader((tmp_path / "scored/scores.csv").open(newline="")))
+    assert [row["path"] for row in rows] == [*(p.as_posix() for p in sorted(good.iterdir())),
+                                             stain.as_posix()]  # fmt: skip
+    detector = GaussianAD.load(tmp_path / "detector.pt")
+    image = gaussad.load_image(stain, 64)[None]
+    with torch.no_grad():
+        ratio = (detector.anomaly_map(image).max() / detector.map_threshold).item()
+        score = (detector(image) / detector.threshold).item()
+    last = rows[-1]
+    assert float(last["map_of_threshold"]) == pytest.approx(ratio, rel=1e-5)
+    assert float(last["score_of_threshold"]) == pytest.approx(score, rel=1e-5)
+    assert last["verdict"] == ("anomalous" if ratio > 1 else "normal")
+    assert f"{ratio:8.3f} {last['verdict']:<9} {stain}" in output
+    assert len(list((tmp_path / "scored/pictures").iterdir())) == 17
+
+
+def test_run_that_is_killed_goes_on_to_the_same_bits(demo, cli, tmp_path):
+    given = ["--data", demo, "--category", "demo", *TINY, "--lr", "1e-5", "--steps", "96",
+             "--patience", "9", "--out"]  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, HERE / "train.py", *map(str, given), str(killed)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not (killed / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    checks = json.loads((killed / "history.json").read_text())["checks"]
+    assert not json.loads((killed / "history.json").read_text())["finished"] and len(checks) < 4
+    code, _, error = cli("train.py", *given, killed, "--resume", "--seed", 1)
+    assert code == 2 and "checkpoint.pt is of a run with other settings" in error
+    assert cli("train.py", *given, killed, "--resume")[0] == 0
+    assert cli("train.py", *given, whole)[0] == 0
+    a, b = (torch.load(path / "detector.pt")["state"] for path in (whole, killed))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = (json.loads((path / "history.json").read_text()) for path in (whole, killed))
+    for record in [*a["checks"], *b["checks"]]:
+        del record["seconds"]
+    assert a["checks"] == b["checks"] and a["best_step"] == b["best_step"]
+    assert sorted(p.name for p in killed.iterdir()) == ["detector.pt", "history.json"]
+
+
 def test_category_without_anomalous_images_is_scored(trained, cli, tmp_path, demo):
     (tmp_path / "demo/test").mkdir(parents=True)
     (tmp_path / "demo/test/good").symlink_to(demo / "demo/test/good")
@@ -939,6 +1059,10 @@ def broken(demo, tmp_path_factory):
          "does not hold the weights of resnet18"),
         ("--data DEMO --category demo --out ROOT/file/run", "ROOT/file/run.*--out"),
         ("--data DEMO", "--category"),
+        ("--data ROOT/empty --category all", "no category in .*empty"),
+        ("--normal ROOT/empty/train/good", "no images at .*give image files"),
+        ("--normal ROOT/nowhere", "no images at .*nowhere"),
+        ("--normal ROOT --data ROOT", "--normal goes with --out"),
         ("", "--demo"),
         ("--demo --data ROOT", "--demo draws its own data"),
     ],
@@ -958,6 +1082,7 @@ def test_bad_input_to_train_is_told_in_one_line(args, message, broken, demo, cli
         ("--out ROOT/weights_only", "weights_only/detector.pt is not a detector"),
         ("--out RUN --data ROOT --category empty", "the detector of 'demo', not of 'empty'"),
         ("--out RUN --data NO_TEST", "demo/test"),
+        ("--model RUN/detector.pt", "--model and --images go together"),
     ],
 )
 def test_bad_input_to_evaluate_is_told_in_one_line(args, message, broken, demo, trained, cli):

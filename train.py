@@ -113,9 +113,9 @@ def parse(argv: list[str] | None) -> Namespace:
     tuning = parser.add_argument_group("fine-tuning")
     tuning.add_argument("--steps", type=number(int, 0, 10**7), default=256, metavar="N",
                         help="at most; 0 is the frozen network (default: 256)")
-    tuning.add_argument("--patience", type=number(int, 1, 10**6), default=2, metavar="N",
+    tuning.add_argument("--patience", type=number(int, 1, 10**6), default=3, metavar="N",
                         help="stop after N checks without a gain; there is one after 32 steps "
-                             "and each time their number has doubled (default: 2)")
+                             "and each time their number has doubled (default: 3)")
     tuning.add_argument("--augmentations", nargs="+", choices=list(AUGMENTATIONS),
                         default=list(AUGMENTATIONS), metavar="NAME",
                         help=f"what the validator judges by (default: {' '.join(AUGMENTATIONS)})")
