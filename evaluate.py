@@ -14,7 +14,10 @@ results.csv. Of your own --images, the scores and pictures go to runs/<category>
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
+import html
+import io
 import json
 import os
 import re
@@ -42,6 +45,7 @@ from gaussad import (
     list_categories,
     list_images,
     list_samples,
+    load_image,
     load_mask,
 )
 
@@ -248,11 +252,19 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
     write_scores(out / "scores.csv", images.paths, columns, scored)
     write_json(out / "metrics.json", metrics)
     print(table(args.category, samples, metrics))
-    print(f"metrics.json and scores.csv are in {out}")
+    names = [f"{sample.defect}_{sample.path.stem}" for sample in samples]
+    misses, false_alarms = worst(labels.tolist(), scored.map_ratios.tolist())
+    pictures = {i: captioned(detector, names[i], load_image(images.paths[i], images.size), scored,
+                             i, masks[i]) for i in misses + false_alarms}
+    shown = {"Worst misses": [pictures[i] for i in misses],
+             "Worst false alarms": [pictures[i] for i in false_alarms]}
+    write_report(out / "report.html", args.category, metrics, history.get("checks", []), labels,
+                 scored, shown)
+    print(f"metrics.json, scores.csv and report.html are in {out}")
     if args.pictures:
-        names = [f"{sample.defect}_{sample.path.stem}" for sample in samples]
         files = write_pictures(out / "pictures", detector, names, images, scored, masks)
-        write_sheets(out / "pictures", files, labels.tolist(), scored.map_ratios.tolist())
+        write_sheet(out / "pictures/misses.png", [files[i] for i in misses])
+        write_sheet(out / "pictures/false_alarms.png", [files[i] for i in false_alarms])
         print(f"Pictures are in {out / 'pictures'}; misses.png and false_alarms.png sum them up")
     return metrics
 
@@ -451,26 +463,30 @@ def write_pictures(folder: Path, detector: GaussianAD, names: list[str], images:
                    scored: Scored, masks: list[Tensor | None]) -> list[Path]:
     """A picture <name>.png of each image; the files. Mostly, the images are in memory still."""
     folder.mkdir(exist_ok=True)
-    usual, threshold = detector.map_usual.item(), detector.map_threshold.item()
     files = [folder / f"{name}.png" for name in names]
     decoded = chain.from_iterable(images.batches(SHEET))
-    ratios = zip(scored.map_ratios.tolist(), scored.score_ratios.tolist())
-    for i, (image, (map_ratio, score_ratio)) in enumerate(zip(decoded, ratios)):
-        text = (f"{names[i].replace('_', ' ', 1)}: {scored.verdicts[i].upper()}, "
-                f"map {map_ratio:.2f}, score {score_ratio:.2f} (of threshold)")
-        strength = (scored.maps[i] - usual) / (threshold - usual) / 2
+    for i, image in enumerate(decoded):
         with atomic_path(files[i]) as part:
-            draw_picture(image, strength.clamp(0, 1), masks[i], text).save(part, "PNG")
+            captioned(detector, names[i], image, scored, i, masks[i]).save(part, "PNG")
     return files
 
 
-def write_sheets(folder: Path, files: list[Path], labels: list[int], ratios: list[float]) -> None:
-    """Contact sheets of the worst misses and of the worst false alarms, by map over threshold."""
-    ranked = sorted(zip(ratios, labels, files))
-    misses = [file for ratio, label, file in ranked if label and ratio <= 1]
-    false_alarms = [file for ratio, label, file in ranked[::-1] if not label and ratio > 1]
-    write_sheet(folder / "misses.png", misses)
-    write_sheet(folder / "false_alarms.png", false_alarms)
+def captioned(detector: GaussianAD, name: str, image: Tensor, scored: Scored, i: int,
+              mask: Tensor | None) -> Image.Image:
+    """The picture of image i, its verdict above."""
+    usual, threshold = detector.map_usual.item(), detector.map_threshold.item()
+    text = (f"{name}: {scored.verdicts[i].upper()}, map "
+            f"{scored.map_ratios[i]:.2f}, score {scored.score_ratios[i]:.2f} (of threshold)")
+    strength = (scored.maps[i] - usual) / (threshold - usual) / 2
+    return draw_picture(image, strength.clamp(0, 1), mask, text)
+
+
+def worst(labels: list[int], ratios: list[float]) -> tuple[list[int], list[int]]:
+    """The first SHEET misses and false alarms, worst first, by map over threshold."""
+    order = sorted(range(len(labels)), key=lambda i: ratios[i])
+    misses = [i for i in order if labels[i] and ratios[i] <= 1]
+    false_alarms = [i for i in order[::-1] if not labels[i] and ratios[i] > 1]
+    return misses[:SHEET], false_alarms[:SHEET]
 
 
 def draw_picture(image: Tensor, strength: Tensor, mask: Tensor | None, text: str) -> Image.Image:
@@ -496,9 +512,9 @@ def draw_picture(image: Tensor, strength: Tensor, mask: Tensor | None, text: str
 
 
 def write_sheet(path: Path, files: list[Path]) -> None:
-    """A contact sheet, two pictures a row, of the first SHEET files; none where there are none."""
+    """A contact sheet, two pictures a row; none where there are none."""
     path.unlink(missing_ok=True)  # of an earlier run
-    pictures = [Image.open(file) for file in files[:SHEET]]
+    pictures = [Image.open(file) for file in files]
     if not pictures:
         return
     width, height = pictures[0].size
@@ -507,6 +523,109 @@ def write_sheet(path: Path, files: list[Path]) -> None:
         sheet.paste(picture, (i % 2 * width, i // 2 * height))
     with atomic_path(path) as part:
         sheet.save(part, "PNG")
+
+
+# ------------------------------------------------------------------------------------------------
+# Report
+# ------------------------------------------------------------------------------------------------
+
+STYLE = """body { font: 15px sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse } td, th { padding: 2px 12px; text-align: right }
+tr :first-child { text-align: left } svg { width: 480px; max-width: 100% } img { max-width: 49% }
+.normal { fill: #2a7; color: #2a7 } .anomalous { fill: #c33; color: #c33 }
+.curve { fill: none; stroke-width: 2 } .axis { fill: none; stroke: #999 } rect { opacity: 0.5 }"""
+
+
+def write_report(path: Path, category: str, metrics: dict, checks: list[dict], labels: Tensor,
+                 scored: Scored, pictures: dict[str, list[Image.Image]]) -> None:
+    """All that was found of a category in one file of HTML that needs no other."""
+    figures = [[key, percent(metrics[key])] for key in RESULTS]
+    figures += [[f"image_auroc of {defect}", percent(value)]
+                for defect, value in metrics["image_auroc_per_defect"].items()]
+    training = [[check["step"], "-" if check["loss"] is None else f"{check['loss']:.2f}",
+                 *(percent(value) for value in check["auroc"].values()),
+                 f"{100 * check['gain']:+.2f} ± {100 * check['standard_error']:.2f}"]
+                for check in checks]
+    names = list(checks[0]["auroc"]) if checks else []
+    parts = [
+        f"<h1>{html.escape(category)}</h1>",
+        html_table(["", "%"], figures),
+        "<h2>Map maximum over its threshold</h2><p>Share of the <b class=normal>normal</b> and of "
+        "the <b class=anomalous>anomalous</b> images; the line is the threshold, 1.</p>",
+        histogram(scored.map_ratios, labels),
+        "<h2>ROC curve</h2><p>Anomalous images told as such, over normal ones told so; by the "
+        "map's maximum (solid) and by the score (dashed). The dot is the threshold.</p>",
+        roc_curve(scored, labels, metrics),
+        f"<h2>Training</h2><p>Best step: {metrics['best_step']}. AUROC and gain in %.</p>",
+        html_table(["step", "loss", *names, "gain"], training),
+    ]
+    for title, images in pictures.items():
+        parts += [f"<h2>{title}</h2>", *map(inline, images)] if images else []
+    page = (f"<!doctype html><meta charset=utf-8><title>{html.escape(category)}</title>"
+            f"<style>{STYLE}</style>" + "\n".join(parts))
+    with atomic_path(path) as part:
+        part.write_text(page, encoding="utf-8")
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def html_table(header: list[str], rows: list[list]) -> str:
+    def row(tag: str, cells: list) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
+
+    return "<table>" + row("th", header) + "".join(row("td", cells) for cells in rows) + "</table>"
+
+
+def svg(*shapes: str) -> str:
+    """A drawing of the unit square, y upwards, in a frame."""
+    frame = '<rect class=axis x=0 y=0 width=400 height=250 style="opacity:1"/>'
+    return f'<svg viewBox="-5 -5 410 260">{frame}{"".join(shapes)}</svg>'
+
+
+def polyline(x: Tensor, y: Tensor, style: str) -> str:
+    points = " ".join(f"{400 * a:.1f},{250 - 250 * b:.1f}" for a, b in zip(x.tolist(), y.tolist()))
+    return f'<polyline class=curve points="{points}" style="{style}"/>'
+
+
+def histogram(ratios: Tensor, labels: Tensor, bins: int = 40) -> str:
+    """Bars of the share of normal and anomalous images in each bin, and a line at 1."""
+    if not ratios.isfinite().all():
+        return "<p>The detector has no threshold.</p>"
+    end = max(1.2, 1.02 * ratios.max().item())
+    counts = [torch.histc(ratios[labels == label].double(), bins, 0, end) for label in (0, 1)]
+    shares = [count / count.sum().clamp(min=1) for count in counts]
+    highest = max(share.max().item() for share in shares)
+    shapes = []
+    for share, name in zip(shares, ("normal", "anomalous")):
+        heights = (240 * share / highest).tolist()
+        shapes += [f'<rect class={name} x={400 * i / bins:.1f} y={250 - height:.1f} '
+                   f"width={400 / bins:.1f} height={height:.1f} />"
+                   for i, height in enumerate(heights) if height]
+    at = torch.tensor([1 / end, 1 / end])
+    return svg(*shapes, polyline(at, torch.tensor([0.0, 1.0]), "stroke: black"))
+
+
+def roc_curve(scored: Scored, labels: Tensor, metrics: dict) -> str:
+    if not metrics["n_normal"] or not metrics["n_anomalous"]:
+        return "<p>It needs normal and anomalous images, both.</p>"
+    shapes = []
+    for values, dash in ((scored.maxima, "none"), (scored.scores, "6")):
+        values, order = values.sort(descending=True)
+        last = torch.cat([values.diff() != 0, torch.tensor([True])])  # of equal values
+        rates = [torch.cat([torch.zeros(1), (labels[order] == label).cumsum(0)[last].float()])
+                 for label in (0, 1)]
+        x, y = (rate / rate[-1] for rate in rates)
+        shapes.append(polyline(x, y, f"stroke: #36c; stroke-dasharray: {dash}"))
+    x, y = 400 * metrics["false_alarm_rate"], 250 * metrics["miss_rate"]
+    return svg(*shapes, f"<circle cx={x:.1f} cy={y:.1f} r=5 />")
+
+
+def inline(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ class Images:
     """
 
     def __init__(self, paths: Sequence[str | Path], size: int, workers: int = 2) -> None:
-        self.paths, self.workers = list(paths), workers
+        self.paths, self.size, self.workers = list(paths), size, workers
         fitting = CACHE_BYTES // (3 * size * size)
         self._load = lru_cache(fitting)(lambda index: load_image(self.paths[index], size))
 

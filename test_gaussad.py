@@ -508,6 +508,30 @@ def test_loading_runs_no_code(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def readme_example(number):
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number]
+    return code.replace('"efficientnet_b4"', f'"{BACKBONE}", weights="random"')
+
+
+def test_readme_examples_train_and_export(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"batches": [torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)] * 3}
+    torch.manual_seed(0)
+    exec(readme_example(0), names)
+    torch.manual_seed(0)  # which drew the random weights it began with
+    assert names["scores"].shape == (8,) and names["maps"].shape == (8, 64, 64)
+    before = FeatureExtractor(BACKBONE, weights="random").state_dict()
+    after = GaussianAD.load("detector.pt").extractor.state_dict()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    exec(readme_example(1), names)
+    exported = torch.export.load("detector.pt2").module()
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    expected = GaussianAD.load("detector.pt").scores_and_maps(images)
+    for found, value in zip(exported(images), expected, strict=True):
+        torch.testing.assert_close(found, value)
+
+
 def test_misuse_of_a_detector_is_an_error(fitted):
     detector, images = fitted
     with pytest.raises(ValueError, match="not fitted"):
@@ -777,6 +801,28 @@ def test_evaluate_writes_metrics_and_scores(trained, demo, cli):
     maxima = np.array([float(row["map_maximum"]) for row in rows])
     expected = metrics_of(labels, maxima)
     assert metrics["image_auroc_from_map"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_report_is_one_file_with_the_figures(trained, demo, cli):
+    folder, _ = trained
+    assert cli("evaluate.py", "--data", demo, "--category", "demo", "--out", folder)[0] == 0
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"http|<script|<link|src=\"(?!data:)", page)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for key in evaluate.RESULTS:
+        assert f"<td>{key}</td><td>{100 * metrics[key]:.1f}</td>" in page
+    rows = list(csv.DictReader((folder / "scores.csv").open(newline="")))
+    wrong = [row for row in rows if (row["verdict"] == "anomalous") != (row["label"] == "1")]
+    assert page.count("<img ") == min(12, sum(row["label"] == "1" for row in wrong)) + min(
+        12, sum(row["label"] == "0" for row in wrong))  # fmt: skip
+    values = np.array([float(row["map_maximum"]) for row in rows])
+    labels = np.array([int(row["label"]) for row in rows])
+    points = [tuple(map(float, point.split(",")))
+              for point in re.findall(r'points="([^"]*)"', page)[1].split()]  # fmt: skip
+    expected = [(0, 0)] + [((values[labels == 0] >= t).mean(), (values[labels == 1] >= t).mean())
+                           for t in sorted(values, reverse=True)]  # fmt: skip
+    found = np.array([(x / 400, 1 - y / 250) for x, y in points])
+    np.testing.assert_allclose(found, np.array(expected), atol=1e-3)
 
 
 def test_pixel_metrics_are_those_of_the_maps_and_masks(trained, demo, cli):

@@ -248,7 +248,7 @@ def is_gain(gain: float, standard_error: float) -> bool:
 def save(detector: GaussianAD, out: Path) -> None:
     """Save the detector, and remove what tells of the one that was there."""
     detector.save(out / "detector.pt")
-    for name in ("metrics.json", "scores.csv"):
+    for name in ("metrics.json", "scores.csv", "report.html"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "pictures", ignore_errors=True)
 
