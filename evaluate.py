@@ -417,22 +417,26 @@ def write_results(root: Path, metrics: dict[str, dict]) -> None:
                {name: dict(zip(RESULTS, values)) for name, values in rows.items()})
     write_csv(root / "results.csv", ["category", *RESULTS],
               ([name, *values] for name, values in rows.items()))
-    print(f"{'in %':<16}" + "".join(f"{key.replace('image_auroc', 'image'):>18}" for key in RESULTS))
-    for name, values in rows.items():
-        cells = ("-" if value is None else f"{100 * value:.1f}" for value in values)
-        print(f"{name:<16}" + "".join(f"{cell:>18}" for cell in cells))
+    for name, cells in {"in %": RESULTS, **rows}.items():
+        texts = (cell if isinstance(cell, str) else percent(cell) for cell in cells)
+        print(f"{name:<16}" + "".join(f"{text:>21}" for text in texts))
     print(f"results.json and results.csv are in {root}")
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def table(category: str, samples: list[Sample], metrics: dict) -> str:
     """The metrics as a table."""
 
     def row(name: str, images: int, value: float | None) -> str:
-        return f"{name:<24} {images:>6} {'-' if value is None else f'{100 * value:.1f}':>11}"
+        return f"{name:<24} {images:>6} {percent(value):>11}"
 
     lines = [f"{category:<24} images        in %"]
     for defect, value in metrics["image_auroc_per_defect"].items():
-        lines.append(row(f"{defect}, AUROC", sum(sample.defect == defect for sample in samples), value))
+        n = sum(sample.defect == defect for sample in samples)
+        lines.append(row(f"{defect}, AUROC", n, value))
     lines.append(row("all anomalous, AUROC", metrics["n_anomalous"], metrics["image_auroc"]))
     lines.append(row("  by the map's maximum", metrics["n_anomalous"],
                      metrics["image_auroc_from_map"]))
@@ -565,10 +569,6 @@ def write_report(path: Path, category: str, metrics: dict, checks: list[dict], l
             f"<style>{STYLE}</style>" + "\n".join(parts))
     with atomic_path(path) as part:
         part.write_text(page, encoding="utf-8")
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def html_table(header: list[str], rows: list[list]) -> str:

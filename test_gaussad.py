@@ -934,14 +934,15 @@ def test_several_categories_one_of_which_fails(two, cli, tmp_path):
     frozen = [*given, *TINY, "--steps", 0]
     code, output, error = cli("train.py", *frozen)
     assert code == 2 and re.search(r"^train.py: error: broken: no images in .*\n$", error)
-    trained = {name: (tmp_path / name / "detector.pt").stat().st_mtime_ns
-               for name in ("disc", "plate")}  # fmt: skip
+    detectors = [tmp_path / name / "detector.pt" for name in ("disc", "plate")]
+    written = [path.stat().st_mtime_ns for path in detectors]
     code, output, error = cli("evaluate.py", *given)
     assert code == 2 and re.search("^evaluate.py: error: broken: no detector.pt", error)
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["disc", "plate", "mean", "standard_error"]
     metrics = json.loads((tmp_path / "plate/metrics.json").read_text())
-    assert results["plate"]["image_auroc"] == metrics["image_auroc"] == results["mean"]["image_auroc"]
+    expected = metrics["image_auroc"]
+    assert results["plate"]["image_auroc"] == expected == results["mean"]["image_auroc"]
     assert results["standard_error"]["image_auroc"] == 0  # twice the same data
     rows = list(csv.reader((tmp_path / "results.csv").open(newline="")))
     assert [row[0] for row in rows] == ["category", *results] and float(rows[1][1]) >= 0
@@ -949,7 +950,7 @@ def test_several_categories_one_of_which_fails(two, cli, tmp_path):
 
     code, output, _ = cli("train.py", *frozen[:2], "--category", "disc", "plate", *frozen[4:])
     assert code == 0 and output.count("is finished; --force trains it anew") == 2
-    assert {name: (tmp_path / name / "detector.pt").stat().st_mtime_ns for name in trained} == trained
+    assert [path.stat().st_mtime_ns for path in detectors] == written
     code, output, _ = cli("train.py", *frozen[:2], "--category", "disc", "plate", *frozen[4:],
                           "--seed", 1)  # fmt: skip
     assert code == 0 and "is finished" not in output  # other settings
