@@ -185,6 +185,7 @@ def train(args: Namespace, device: torch.device) -> None:
     validator = make_validator(held_out, args)
     history = {"settings": settings, "levels": detector.extractor.levels,
                "map_levels": detector.map_levels, "finished": False}
+    print(f"{args.out}: {len(fit)} images to fit, {len(held_out)} held out")
     print(heading(validator))
     try:
         select(detector, images, validator, args, device, state, history)
