@@ -246,7 +246,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
     scored = score(detector, images, args.batch_size, device)
     labels = torch.tensor([sample.label for sample in samples])
     metrics = {**measure(samples, labels, scored), **measure_maps(scored.maps, masks),
-               **measure_verdicts(labels, scored.map_ratios > 1),
+               **measure_verdicts(labels, scored.map_ratios),
                "best_step": history.get("best_step")}
     columns = {"defect": [sample.defect for sample in samples], "label": labels.tolist()}
     write_scores(out / "scores.csv", images.paths, columns, scored)
@@ -345,13 +345,16 @@ def measure(samples: list[Sample], labels: Tensor, scored: Scored) -> dict:
     }
 
 
-def measure_verdicts(labels: Tensor, told: Tensor) -> dict:
-    """How often images labelled 0 or 1 (N,), told anomalous or not (N,) bool, are told wrongly.
+def measure_verdicts(labels: Tensor, ratios: Tensor) -> dict:
+    """How often images labelled 0 or 1 (N,) are told wrongly by a ratio to the threshold (N,).
 
     The share of normal images told anomalous, of anomalous ones told normal, and
-    F1 = 2 hits / (2 hits + misses + false alarms); in [0, 1], None where there are no such images.
+    F1 = 2 hits / (2 hits + misses + false alarms); in [0, 1], None where there are no such images,
+    and where the detector has no threshold.
     """
-    anomalous = labels == 1
+    if ratios.isnan().any():
+        return {"false_alarm_rate": None, "miss_rate": None, "f1": None}
+    anomalous, told = labels == 1, ratios > 1
     misses, alarms = int((anomalous & ~told).sum()), int((~anomalous & told).sum())
     hits = int((anomalous & told).sum())
     n = int(anomalous.sum())
@@ -482,7 +485,7 @@ def captioned(detector: GaussianAD, name: str, image: Tensor, scored: Scored, i:
     text = (f"{name}: {scored.verdicts[i].upper()}, map "
             f"{scored.map_ratios[i]:.2f}, score {scored.score_ratios[i]:.2f} (of threshold)")
     strength = (scored.maps[i] - usual) / (threshold - usual) / 2
-    return draw_picture(image, strength.clamp(0, 1), mask, text)
+    return draw_picture(image, strength.clamp(0, 1).nan_to_num(0), mask, text)
 
 
 def worst(labels: list[int], ratios: list[float]) -> tuple[list[int], list[int]]:
@@ -535,7 +538,7 @@ def write_sheet(path: Path, files: list[Path]) -> None:
 
 STYLE = """body { font: 15px sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse } td, th { padding: 2px 12px; text-align: right }
-tr :first-child { text-align: left } svg { width: 480px; max-width: 100% } img { max-width: 49% }
+tr :first-child { text-align: left } svg { width: 480px; max-width: 100% } img { width: 49% }
 .normal { fill: #2a7; color: #2a7 } .anomalous { fill: #c33; color: #c33 }
 .curve { fill: none; stroke-width: 2 } .axis { fill: none; stroke: #999 } rect { opacity: 0.5 }"""
 
@@ -618,8 +621,10 @@ def roc_curve(scored: Scored, labels: Tensor, metrics: dict) -> str:
                  for label in (0, 1)]
         x, y = (rate / rate[-1] for rate in rates)
         shapes.append(polyline(x, y, f"stroke: #36c; stroke-dasharray: {dash}"))
-    x, y = 400 * metrics["false_alarm_rate"], 250 * metrics["miss_rate"]
-    return svg(*shapes, f"<circle cx={x:.1f} cy={y:.1f} r=5 />")
+    if metrics["f1"] is not None:
+        x, y = 400 * metrics["false_alarm_rate"], 250 * metrics["miss_rate"]
+        shapes.append(f"<circle cx={x:.1f} cy={y:.1f} r=5 />")
+    return svg(*shapes)
 
 
 def inline(picture: Image.Image) -> str:

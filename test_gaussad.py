@@ -982,12 +982,28 @@ def test_mean_and_standard_error_of_results(tmp_path, capsys):
 
 
 def test_verdicts_are_counted():
-    labels, told = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([True, False, False, True, False])
-    expected = {"false_alarm_rate": 1 / 3, "miss_rate": 1 / 2, "f1": 1 / 2}
-    assert evaluate.measure_verdicts(labels, told) == pytest.approx(expected)
-    assert evaluate.measure_verdicts(labels[:3], told[:3]) == pytest.approx(
-        {"false_alarm_rate": 1 / 3, "miss_rate": None, "f1": None})  # fmt: skip
-    assert evaluate.measure_verdicts(labels[3:], told[3:])["false_alarm_rate"] is None
+    labels, ratios = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1.1, 0.3, 1.0, 2.0, 0.9])
+    names = "false_alarm_rate", "miss_rate", "f1"
+    counted = lambda chosen: tuple(
+        evaluate.measure_verdicts(labels[chosen], ratios[chosen])[name] for name in names)
+    assert counted(slice(5)) == pytest.approx((1 / 3, 1 / 2, 1 / 2))
+    assert counted(slice(3)) == (pytest.approx(1 / 3), None, None)
+    assert counted(slice(3, 5)) == (None, 1 / 2, pytest.approx(2 / 3))
+    ratios[0] = torch.nan
+    assert counted(slice(5)) == (None, None, None)
+
+
+def test_detector_without_thresholds_is_evaluated_without_verdicts(demo, cli, tmp_path):
+    images = torch.stack([gaussad.load_image(sample.path, 64)
+                          for sample in gaussad.list_samples(demo, "demo", "train")])  # fmt: skip
+    detector = GaussianAD(FeatureExtractor(BACKBONE, weights="random")).fit([images])
+    detector.save(tmp_path / "detector.pt")
+    code, _, error = cli("evaluate.py", "--data", demo, "--category", "demo", "--out", tmp_path,
+                         "--pictures")  # fmt: skip
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (code, error, metrics["f1"]) == (0, "", None) and metrics["image_auroc"] > 0
+    rows = csv.DictReader((tmp_path / "scores.csv").open(newline=""))
+    assert {row["verdict"] for row in rows} == {"-"}
 
 
 def test_own_images_are_trained_on_and_scored(demo, cli, tmp_path):
