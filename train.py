@@ -226,7 +226,7 @@ def select(detector: GaussianAD, images: Images, validator: AugmentationValidato
         if better := not checks or is_gain(*found.gain_over(best)):
             best, state["best"], state["best_step"] = found, found.separation, record["step"]
             fit_to_all(detector, images, validator.normal, args, device)
-            save(detector, args.out)
+            save(detector, args.out, new=not checks)
         checks.append(record)
         print(line(record) + ("  best so far" if better else ""), flush=True)
         state["since"] = 0 if better else state["since"] + 1
@@ -246,11 +246,14 @@ def is_gain(gain: float, standard_error: float) -> bool:
     return gain > NOISE * standard_error
 
 
-def save(detector: GaussianAD, out: Path) -> None:
-    """Save the detector, and remove what tells of the one that was there."""
-    detector.save(out / "detector.pt")
-    for name in ("metrics.json", "scores.csv", "report.html"):
+def save(detector: GaussianAD, out: Path, new: bool) -> None:
+    """Save the detector; remove what tells of the one that was there, of a `new` run its history.
+
+    That goes first: a kill in between must not leave a finished history beside another detector.
+    """
+    for name in ("metrics.json", "scores.csv", "report.html", *["history.json"] * new):
         (out / name).unlink(missing_ok=True)
+    detector.save(out / "detector.pt")
     shutil.rmtree(out / "pictures", ignore_errors=True)
 
 
