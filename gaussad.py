@@ -131,18 +131,16 @@ def _mask_of(category: Path, defect: str, stem: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def split_normal(samples: Sequence, seed: int) -> tuple[list, list]:
+def split_normal(samples: Sequence, seed: int, held_out: float = 0.2) -> tuple[list, list]:
     """Shuffle normal samples by `seed` and split them into (fit, held-out).
 
-    Held out are a fifth of them, or 32 where that is more, but half at the most: what the validator
-    finds on fewer is noise. Three at least are to fit, which a Gaussian needs, and two are held
-    out, which mixing needs. Raises ValueError for fewer than five. The split is our choice; the
-    paper names none we know.
+    Three at least are to fit, which a Gaussian needs, and two are held out, which mixing needs.
+    Raises ValueError for fewer than five. The split is our choice; the paper names none we know.
     """
     if len(samples) < 5:
         raise ValueError(f"{len(samples)} normal images are too few: 5 are needed at the least")
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    n = max(round(len(samples) / 5), min(32, len(samples) // 2))
+    n = max(2, round(held_out * len(samples)))
     return [samples[i] for i in order[n:]], [samples[i] for i in order[:n]]
 
 
@@ -216,24 +214,6 @@ class Images:
                 while todo and len(ahead) < 2:  # one batch in use, one being decoded
                     ahead.append([pool.submit(self._load, i) for i in todo.popleft()])
                 yield torch.stack([future.result() for future in ahead.popleft()])
-
-
-def quarter_turns(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Each batch (B, 3, S, S) as it is, and turned by one, two and three quarters.
-
-    For parts that may lie any way round: four images for one, and none of them interpolated, which
-    would move the features further than a defect does. No mirror images, as the mirror image of a
-    part can be a defective part (our choice).
-    """
-    for images in batches:
-        for quarters in range(4):
-            yield images.rot90(quarters, (-2, -1))
-
-
-def random_quarter_turns(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of a batch (B, 3, S, S) turned by zero to three quarters, as `generator` draws."""
-    quarters = torch.randint(4, (len(images),), generator=generator).tolist()
-    return torch.stack([image.rot90(k, (-2, -1)) for image, k in zip(images, quarters)])
 
 
 @contextmanager
@@ -415,18 +395,6 @@ def load_plain(path: str | Path, device: torch.device | str = "cpu") -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return content
-
-
-def save_plain(content: dict, path: str | Path) -> None:
-    """Write tensors and settings atomically to `path`, to be read by `load_plain`.
-
-    Raises OSError where the file cannot be written; the old one then stays.
-    """
-    try:
-        with atomic_path(path) as part:
-            torch.save(content, part)
-    except RuntimeError as error:  # torch's, where a folder is missing or a disk is full
-        raise OSError(f"cannot write {path}: is the disk full?") from error
 
 
 def _stages(network: nn.Module) -> list[nn.Module]:
@@ -801,7 +769,8 @@ class GaussianAD(nn.Module):
             "image_size": self.image_size,
             "state": self.state_dict(),
         }
-        save_plain(content, path)
+        with atomic_path(path) as part:
+            torch.save(content, part)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> GaussianAD:
@@ -916,33 +885,34 @@ class Validation:
     """What the validator finds at one moment of fine-tuning."""
 
     auroc: dict[str, float]  # held-out normal images against each augmentation, by name
-    components: Tensor  # (N,) of each held-out image; their mean is the mean AUROC
+    separation: Tensor  # (N,) of each held-out image
 
     def gain_over(self, other: Validation) -> tuple[float, float]:
-        """The gain in mean AUROC over another moment, and its standard error.
+        """The mean gain of the separation over another moment's, and its standard error.
 
         Paired: both moments saw the same images, and most of the spread between images cancels.
         """
-        gain = self.components - other.components
+        gain = self.separation - other.separation
         return gain.mean().item(), (gain.std() / math.sqrt(len(gain))).item()
 
 
 class AugmentationValidator:
     """Tells the gain of fine-tuning from the onset of forgetting, without an anomalous image.
 
-    The AUROC between held-out normal images and their augmented versions, for each augmentation
-    (the paper's idea). While fine-tuning improves the features it rises. Once the network forgets
-    what ImageNet taught it, augmented images fall together with normal ones, and once it learns
-    the fitted images by heart, the held-out ones drift away from the Gaussian: it falls.
+    Held-out normal images x are to lie near the Gaussian, and their augmented versions x̃ far from
+    it. While fine-tuning improves the features both hold ever better; once it forgets what
+    ImageNet taught them, augmented images fall together with normal ones, and once it learns the
+    fitted images by heart, the held-out ones drift away from the Gaussian. The separation
 
-    With few images it is noisy, so it comes with its standard error (our choice). With x_i the
-    held-out images, x̃_i the versions of x_i, and P the share of pairs, ties as half,
+        J(x) = log d(x̃) - 2 log d(x) = log (d(x̃) / d(x)) - log d(x),    log d(x̃) the mean over
+                                                                       augmentations and draws
 
-        c_i = P(d(x̃) > d(x_i)) + P(d(x̃_i) > d(x)) - AUROC,    mean over i of c_i = AUROC
+    rises by either gain and falls by either loss, by its own amount of each. It is for scores of a
+    Gaussian that is refitted each time, which keeps the scale of d in place.
 
-    are its structural components (DeLong et al. 1988), for an image and its versions together
-    (Obuchowski 1997), averaged over the augmentations. The spread over i of what c_i gains between
-    two moments gives the standard error of the gain.
+    The paper's measure, the AUROC between the two, is found as well. It saturates, is noisy on few
+    images, and does not see the held-out ones drift away. J is paired, image by image, so that its
+    changes are many times their standard error. Hence J decides (our choice).
 
     The augmented images are drawn once, from `seed`, so that every call judges by the same ones.
 
@@ -982,16 +952,13 @@ class AugmentationValidator:
         def scores(images: Tensor) -> Tensor:
             return torch.cat([score(batch) for batch in images.split(batch_size)])
 
-        normal, aurocs, components = scores(self.normal), {}, []
+        normal, aurocs, logs = scores(self.normal), {}, []
         for name, images in self.augmented.items():
             augmented = scores(images)
             both = torch.cat([normal, augmented])
             aurocs[name] = auroc(both, torch.arange(len(both)) >= len(normal))
-            above = 1 - _twice_below(normal, augmented).double() / (2 * len(augmented))  # (N,)
-            below = _twice_below(augmented, normal).double() / (2 * len(normal))
-            versions = below.view(-1, len(normal)).mean(0)  # (draws, N) to (N,)
-            components.append(above + versions - aurocs[name])
-        return Validation(aurocs, torch.stack(components).mean(0))
+            logs.append(augmented.view(-1, len(normal)).log().mean(0))  # (draws, N) to (N,)
+        return Validation(aurocs, torch.stack(logs).mean(0) - 2 * normal.log())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1004,7 +971,7 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
 
     scores, labels      any shape, the same; labels 1 or True for anomalous, 0 or False for normal
 
-    Exact with ties (equal to mid-ranks, Mann-Whitney): pairs are counted in integers.
+    Exact with ties (equal to mid-ranks, Mann-Whitney): counted in integers after one sort.
     Raises ValueError for a NaN, for other labels, or where one of the two classes is missing.
     """
     scores, labels = torch.as_tensor(scores).flatten(), torch.as_tensor(labels).flatten()
@@ -1016,15 +983,14 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     n_normal = len(labels) - n_anomalous
     if not n_anomalous or not n_normal:
         raise ValueError(f"AUROC needs both classes: {n_normal} normal, {n_anomalous} anomalous")
-    pairs = _twice_below(scores[labels == 1], scores[labels == 0]).sum()
-    return int(pairs) / (2 * n_anomalous * n_normal)
-
-
-def _twice_below(scores: Tensor, others: Tensor) -> Tensor:
-    """Twice the number of `others` (M,) below each score (N,), those equal counted half: int64."""
-    others = others.sort()[0]
-    below, not_above = (torch.searchsorted(others, scores, right=right) for right in (False, True))
-    return below + not_above
+    scores, order = scores.sort()
+    _, ties = scores.unique_consecutive(return_counts=True)
+    upto = ties.cumsum(0)  # samples up to and with each run of equal scores
+    anomalous = labels.to(order.device)[order].long().cumsum(0)[upto - 1]
+    normal = upto - anomalous
+    in_run = anomalous.diff(prepend=anomalous.new_zeros(1))
+    below = normal - normal.diff(prepend=normal.new_zeros(1))
+    return int((in_run * (below + normal)).sum()) / (2 * n_anomalous * n_normal)
 
 
 def aupro(maps: Tensor, masks: Tensor, fpr_limit: float = 0.3) -> float:

@@ -20,8 +20,7 @@ import os
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
@@ -49,19 +48,17 @@ from gaussad import (
     GaussianAD,
     Images,
     Validation,
+    atomic_path,
     draw_demo,
     list_images,
     list_samples,
     load_plain,
-    quarter_turns,
-    random_quarter_turns,
-    save_plain,
     split_normal,
 )
 
 FIRST_CHECK = 32  # steps: the first few throw the features off, and what is judged then misleads
 ELSEWHERE = {"device", "workers", "resume", "force", "demo"}  # options that change no result
-NOISE = 1.0  # standard errors that a gain must exceed (Breiman et al. 1984)
+NOISE = 2.0  # standard errors that a gain must exceed
 DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "steps": 32, "category": ["demo"]}
 
 
@@ -113,9 +110,6 @@ def parse(argv: list[str] | None) -> Namespace:
                             "(default: full)")
     model.add_argument("--image-size", type=number(int, 32, 4096), default=380, metavar="PX",
                        help="side of the square that images are resized to (default: 380)")
-    model.add_argument("--turns", choices=["auto", "yes", "no"], default="auto",
-                       help="learn from images turned by quarters too: for parts that may lie any "
-                            "way round; auto asks the validator (default: auto)")
     tuning = parser.add_argument_group("fine-tuning")
     tuning.add_argument("--steps", type=number(int, 0, 10**7), default=256, metavar="N",
                         help="at most; 0 is the frozen network (default: 256)")
@@ -170,41 +164,6 @@ def make_extractor(args: Namespace) -> FeatureExtractor:
         return FeatureExtractor(args.backbone, args.levels, "random")
 
 
-@dataclass
-class Run:
-    """What a training works on."""
-
-    args: Namespace
-    device: torch.device
-    detector: GaussianAD
-    images: Images  # to fit
-    validator: AugmentationValidator  # it has the held-out ones
-    turns: bool = False  # learn from the images turned by quarters too
-
-    def fit(self, held_out: Iterable[torch.Tensor] = ()) -> None:
-        """Fit the detector's Gaussians to the images, and to those held out if given."""
-        batches = progress(self.images.batches(self.args.batch_size), len(self.images), "fitting")
-        batches = chain(batches, held_out)
-        batches = quarter_turns(batches) if self.turns else batches
-        self.detector.fit(batch.to(self.device) for batch in batches)
-
-    def judge(self) -> Validation:
-        """What the validator says of the detector as it is fitted now."""
-        return self.validator(lambda batch: self.detector(batch.to(self.device)).cpu(),
-                              self.args.batch_size)
-
-    def choose_turns(self) -> None:
-        """Fit with turned images if the validator finds that better, or the user asks for it."""
-        self.turns = self.args.turns == "yes"
-        self.fit()
-        if self.args.turns == "auto":
-            plain, self.turns = self.judge(), True
-            self.fit()
-            if not is_gain(*self.judge().gain_over(plain)):
-                self.turns = False
-                self.fit()
-
-
 def train(args: Namespace, device: torch.device) -> None:
     """Fine-tune and keep the check the validator likes best; the first is the frozen network.
 
@@ -222,20 +181,21 @@ def train(args: Namespace, device: torch.device) -> None:
     detector = GaussianAD(make_extractor(args), args.map_levels, args.covariance).to(device)
     make_folder(args.out)
     state = read_checkpoint(args.out / "checkpoint.pt", settings) if args.resume else None
-    print(f"{args.out}: {len(fit)} images to fit, {len(held_out)} held out")
-    run = Run(args, device, detector, Images(fit, args.image_size, args.workers),
-              make_validator(held_out, args))
+    images = Images(fit, args.image_size, args.workers)
+    validator = make_validator(held_out, args)
     history = {"settings": settings, "levels": detector.extractor.levels,
                "map_levels": detector.map_levels, "finished": False}
+    print(f"{args.out}: {len(fit)} images to fit, {len(held_out)} held out")
+    print(heading(validator))
     try:
-        run.choose_turns()
-        print(f"Images turned by quarters: {'used too' if run.turns else 'not used'}")
-        print(heading(run.validator))
-        select(run, state, history | {"turns": run.turns})
+        select(detector, images, validator, args, device, state, history)
     except KeyboardInterrupt:
         print(f"Interrupted: the same command with --resume goes on from the last check in "
               f"{args.out}")
         raise
+    step = history["best_step"]
+    print(f"Step {step}{' (the frozen network)' if step == 0 else ''} is the validator's choice; "
+          f"its detector is {args.out / 'detector.pt'}")
 
 
 def normal_images(args: Namespace) -> list[Path]:
@@ -255,31 +215,31 @@ def read_checkpoint(path: Path, settings: dict) -> dict | None:
     return state
 
 
-def select(run: Run, state: dict | None, history: dict) -> None:
+def select(detector: GaussianAD, images: Images, validator: AugmentationValidator, args: Namespace,
+           device: torch.device, state: dict | None, history: dict) -> None:
     """Judge each check, and save the detector if it is the best, the history and a checkpoint."""
     state = state or {"settings": history["settings"], "checks": [], "since": 0}
-    best, checks, out = Validation({}, state.get("best")), state["checks"], run.args.out
-    for record, found, training in fine_tune(run, state):
-        frozen = state.setdefault("frozen", found.components)
+    best, checks = Validation({}, state.get("best")), state["checks"]
+    for record, found, training in fine_tune(detector, images, validator, args, device, state):
+        frozen = state.setdefault("frozen", found.separation)
         record["gain"], record["standard_error"] = found.gain_over(Validation({}, frozen))
         if better := not checks or is_gain(*found.gain_over(best)):
-            best, state["best"], state["best_step"] = found, found.components, record["step"]
-            fit_to_all(run)
-            save(run.detector, out, new=not checks)
+            best, state["best"], state["best_step"] = found, found.separation, record["step"]
+            fit_to_all(detector, images, validator.normal, args, device)
+            save(detector, args.out, new=not checks)
         checks.append(record)
         print(line(record) + ("  best so far" if better else ""), flush=True)
         state["since"] = 0 if better else state["since"] + 1
-        history |= {"checks": checks, "best_step": state["best_step"]}
-        if state["since"] >= run.args.patience or record["step"] == run.args.steps:
+        history |= {"checks": checks, "best_step": state["best_step"],
+                    "finished": state["since"] >= args.patience or record["step"] == args.steps}
+        write_json(args.out / "history.json", history)
+        if history["finished"]:
             break
-        write_json(out / "history.json", history)
-        save_plain(state | training | {"step": record["step"]}, out / "checkpoint.pt")
-    step = state["best_step"]
-    write_json(out / "history.json",
-               history | {"checks": checks, "best_step": step, "finished": True})
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"Step {step}{' (the frozen network)' if step == 0 else ''} is the validator's choice; "
-          f"its detector is {out / 'detector.pt'}")
+        with atomic_path(args.out / "checkpoint.pt") as part:
+            torch.save(state | training | {"step": record["step"]}, part)
+    history |= {"checks": checks, "best_step": state["best_step"], "finished": True}
+    write_json(args.out / "history.json", history)  # once more, where training diverged
+    (args.out / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def is_gain(gain: float, standard_error: float) -> bool:
@@ -297,29 +257,35 @@ def save(detector: GaussianAD, out: Path, new: bool) -> None:
     shutil.rmtree(out / "pictures", ignore_errors=True)
 
 
-def fine_tune(run: Run, state: dict) -> Iterator[tuple[dict, Validation, dict]]:
+def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValidator,
+              args: Namespace, device: torch.device, state: dict
+              ) -> Iterator[tuple[dict, Validation, dict]]:
     """Yield a record and the validation of each check, the detector refitted and judged by then,
     and what is needed to go on from there; the checks in `state` are over already.
 
     Training pulls the features to the Gaussian of the pre-trained network, which stays fixed;
     what is judged has the Gaussian of the features as they are now.
     """
-    start, step = time.perf_counter(), state.get("step", 0)
-    detector, pretrained = run.detector, run.detector.gaussians
-    optimizer = torch.optim.Adam(detector.parameters(), lr=run.args.lr)
+    def fit() -> GaussianAD:
+        batches = progress(images.batches(args.batch_size), len(images), "fitting")
+        return detector.fit(batch.to(device) for batch in batches)
+
+    start, step, pretrained = time.perf_counter(), state.get("step", 0), fit().gaussians
+    optimizer = torch.optim.Adam(detector.parameters(), lr=args.lr)
     if "network" in state:
         detector.extractor.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-    stream = islice(endless(run), step, None)  # what was trained on is drawn again and dropped
-    for check in islice(check_steps(run.args.steps), len(state["checks"]), None):
+    stream = endless(images, args.batch_size, torch.Generator().manual_seed(args.seed))
+    stream = islice(stream, step, None)  # what was trained on already is drawn again and dropped
+    for check in islice(check_steps(args.steps), len(state["checks"]), None):
         detector.gaussians = pretrained
-        todo = progress(islice(stream, check - step), (check - step) * run.args.batch_size,
+        todo = progress(islice(stream, check - step), (check - step) * args.batch_size,
                         f"training to step {check}")
+        losses = [train_step(detector, optimizer, batch.to(device)) for batch in todo]
         try:
-            losses = [train_step(detector, optimizer, batch.to(run.device)) for batch in todo]
             if check:
-                run.fit()
-            found = run.judge()
+                fit()
+            found = validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
         except DegenerateError as error:
             if check == 0:
                 raise
@@ -342,40 +308,38 @@ def check_steps(last: int) -> Iterator[int]:
     yield last
 
 
-def endless(run: Run) -> Iterator[torch.Tensor]:
-    """Batches of one epoch after the other, the images turned at random if they may be."""
-    generator = torch.Generator().manual_seed(run.args.seed)
+def endless(images: Images, batch_size: int, shuffle: torch.Generator) -> Iterator[torch.Tensor]:
+    """Batches of one epoch after the other."""
     while True:
-        for batch in run.images.batches(run.args.batch_size, generator):
-            yield random_quarter_turns(batch, generator) if run.turns else batch
+        yield from images.batches(batch_size, shuffle)
 
 
 def train_step(detector: GaussianAD, optimizer: torch.optim.Optimizer,
                batch: torch.Tensor) -> float:
-    """One step; the loss before it. Raises DegenerateError where that is NaN or infinite."""
+    """One step; the loss before it."""
     optimizer.zero_grad()
     loss = detector.loss(batch)
-    if not loss.isfinite():
-        raise DegenerateError(f"the loss is {loss.item()}")
     loss.backward()
     optimizer.step()
     return loss.item()
 
 
-def fit_to_all(run: Run) -> None:
+def fit_to_all(detector: GaussianAD, images: Images, held_out: torch.Tensor, args: Namespace,
+               device: torch.device) -> None:
     """Take the thresholds from the held-out images, then fit to those as well.
 
     More images make better Gaussians, of maps above all. They also bring a normal image a little
     nearer, so that the thresholds err on the side of fewer false alarms.
     """
-    held_out = run.validator.normal.split(run.args.batch_size)
-    run.detector.calibrate(batch.to(run.device) for batch in held_out)
-    run.fit(held_out)
+    detector.calibrate(batch.to(device) for batch in held_out.split(args.batch_size))
+    everything = chain(images.batches(args.batch_size), held_out.split(args.batch_size))
+    total = len(images) + len(held_out)
+    detector.fit(batch.to(device) for batch in progress(everything, total, "fitting to all"))
 
 
 def heading(validator: AugmentationValidator) -> str:
     names = "".join(f"{name:>9}" for name in validator.augmented)
-    return f" step     loss  seconds{names}     gain in AUROC   (all in %)"
+    return f" step     loss  seconds{names}     gain   (of names the AUROC; all in %)"
 
 
 def line(record: dict) -> str:
