@@ -161,8 +161,15 @@ def write_json(path: Path, content: dict) -> None:
         part.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def printable(text: str) -> str:
+    """On one line, and without bytes of a file's name that are no text, which print refuses."""
+    escape = lambda letter: letter.encode("unicode_escape").decode()
+    return "".join(letter if letter.isprintable() else escape(letter) for letter in text)
+
+
 def tell(message: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    one_line = " ".join(message.split())
+    print(f"{Path(sys.argv[0]).name}: error: {printable(one_line)}", file=sys.stderr)
 
 
 def explain(error: Exception) -> str:
@@ -278,7 +285,7 @@ def score_own(args: argparse.Namespace, device: torch.device) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / "scores.csv", images.paths, {}, scored)
     for path, ratio, verdict in zip(images.paths, scored.map_ratios.tolist(), scored.verdicts):
-        print(f"{ratio:8.3f} {verdict:<9} {path}")
+        print(f"{ratio:8.3f} {verdict:<9} {printable(str(path))}")
     print(f"(1 is the threshold.) scores.csv is in {out}")
     if args.pictures:
         names = [f"{i:04d}_{path.stem}" for i, path in enumerate(images.paths)]
@@ -400,7 +407,8 @@ def write_scores(path: Path, paths: list[Path], columns: dict[str, list], scored
 
 
 def write_csv(path: Path, header: list[str], rows: Iterable) -> None:
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    names = {"encoding": "utf-8", "errors": "surrogateescape"}  # as the file system has them
+    with atomic_path(path) as part, part.open("w", newline="", **names) as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
@@ -482,7 +490,7 @@ def captioned(detector: GaussianAD, name: str, image: Tensor, scored: Scored, i:
               mask: Tensor | None) -> Image.Image:
     """The picture of image i, its verdict above."""
     usual, threshold = detector.map_usual.item(), detector.map_threshold.item()
-    text = (f"{name}: {scored.verdicts[i].upper()}, map "
+    text = (f"{printable(name)}: {scored.verdicts[i].upper()}, map "
             f"{scored.map_ratios[i]:.2f}, score {scored.score_ratios[i]:.2f} (of threshold)")
     strength = (scored.maps[i] - usual) / (threshold - usual) / 2
     return draw_picture(image, strength.clamp(0, 1).nan_to_num(0), mask, text)

@@ -397,6 +397,18 @@ def load_plain(path: str | Path, device: torch.device | str = "cpu") -> dict:
     return content
 
 
+def save_plain(content: dict, path: str | Path) -> None:
+    """Write tensors and settings atomically to `path`, to be read by `load_plain`.
+
+    Raises OSError where the file cannot be written; the old one then stays.
+    """
+    try:
+        with atomic_path(path) as part:
+            torch.save(content, part)
+    except RuntimeError as error:  # torch's, where a folder is missing or a disk is full
+        raise OSError(f"cannot write {path}: is the disk full?") from error
+
+
 def _stages(network: nn.Module) -> list[nn.Module]:
     if isinstance(network, models.ResNet):
         stem = nn.Sequential(network.conv1, network.bn1, network.relu)
@@ -708,8 +720,7 @@ class GaussianAD(nn.Module):
 
     def _scores(self, features: dict[int, Tensor]) -> Tensor:
         levels = zip(self.gaussians, features.values())
-        distances = [gaussian.distance(maps.mean((-2, -1))) for gaussian, maps in levels]
-        return torch.stack(distances).sum(0)
+        return torch.stack([g.distance(maps.mean((-2, -1))) for g, maps in levels]).sum(0)
 
     def _maps(self, features: dict[int, Tensor]) -> Tensor:
         total = 0
@@ -769,8 +780,7 @@ class GaussianAD(nn.Module):
             "image_size": self.image_size,
             "state": self.state_dict(),
         }
-        with atomic_path(path) as part:
-            torch.save(content, part)
+        save_plain(content, path)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> GaussianAD:
@@ -791,7 +801,7 @@ class GaussianAD(nn.Module):
                     getattr(detector, name).append(Gaussian(mean, whitening))
             detector.load_state_dict(state, assign=True)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is not a detector saved by this program") from error
+            raise ValueError(f"{path} is not a detector saved by this version of gaussad") from error
         return detector
 
 
@@ -971,7 +981,7 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
 
     scores, labels      any shape, the same; labels 1 or True for anomalous, 0 or False for normal
 
-    Exact with ties (equal to mid-ranks, Mann-Whitney): counted in integers after one sort.
+    Exact with ties (equal to mid-ranks, Mann-Whitney): pairs are counted in integers.
     Raises ValueError for a NaN, for other labels, or where one of the two classes is missing.
     """
     scores, labels = torch.as_tensor(scores).flatten(), torch.as_tensor(labels).flatten()
@@ -983,14 +993,10 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     n_normal = len(labels) - n_anomalous
     if not n_anomalous or not n_normal:
         raise ValueError(f"AUROC needs both classes: {n_normal} normal, {n_anomalous} anomalous")
-    scores, order = scores.sort()
-    _, ties = scores.unique_consecutive(return_counts=True)
-    upto = ties.cumsum(0)  # samples up to and with each run of equal scores
-    anomalous = labels.to(order.device)[order].long().cumsum(0)[upto - 1]
-    normal = upto - anomalous
-    in_run = anomalous.diff(prepend=anomalous.new_zeros(1))
-    below = normal - normal.diff(prepend=normal.new_zeros(1))
-    return int((in_run * (below + normal)).sum()) / (2 * n_anomalous * n_normal)
+    anomalous, normal = scores[labels == 1], scores[labels == 0].sort()[0]
+    below, not_above = (torch.searchsorted(normal, anomalous, right=side).sum()
+                        for side in (False, True))
+    return int(below + not_above) / (2 * n_anomalous * n_normal)
 
 
 def aupro(maps: Tensor, masks: Tensor, fpr_limit: float = 0.3) -> float:

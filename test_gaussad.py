@@ -13,9 +13,13 @@ import os
 import pickle
 import re
 import runpy
+import shutil
+import struct
 import subprocess
 import sys
 import time
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +30,7 @@ from torchvision import models
 
 import evaluate
 import gaussad
+import train
 from gaussad import FeatureExtractor, Gaussian, GaussianAD, Moments
 
 HERE = Path(__file__).parent
@@ -919,6 +924,15 @@ def test_diverging_training_keeps_the_best_and_says_so(demo, cli, tmp_path):
     assert GaussianAD.load(tmp_path / "detector.pt").image_size == [64, 64]
 
 
+def test_step_without_a_finite_loss_changes_no_weight(fitted):
+    detector, images = fitted
+    optimizer = torch.optim.Adam(detector.parameters())
+    before = [parameter.clone() for parameter in detector.parameters()]
+    with pytest.raises(gaussad.DegenerateError, match="the loss is nan"):
+        train.train_step(detector, optimizer, images * torch.nan)
+    assert all(map(torch.equal, before, detector.parameters()))
+
+
 @pytest.fixture(scope="module")
 def two(demo, tmp_path_factory):
     """A data root with two categories, and one that is broken."""
@@ -1165,6 +1179,139 @@ def assert_one_line(result, message):
     assert code == 2
     assert error.count("\n") == 1 and "Traceback" not in error
     assert re.search(message, error), error
+
+
+def png_of(side):
+    """A PNG of a few bytes that claims to be `side` x `side`, all black."""
+    chunk = lambda kind, data: (struct.pack(">I", len(data)) + kind + data
+                                + struct.pack(">I", zlib.crc32(kind + data)))  # fmt: skip
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+            + chunk(b"IEND", b""))  # fmt: skip
+
+
+def saved(path, size=(64, 64), mode="RGB", **options):
+    Image.new(mode, size, 60 if mode in ("L", "I;16") else None).save(path, **options)
+
+
+ODD = {  # what one odd file among normal images is, and what train.py says: None if it trains
+    "name with spaces.png": (saved, None),
+    "new\nline.png": (saved, None),
+    "größe 寸法.png": (saved, None),
+    "not_text_\udcff.png": (saved, None),
+    "UPPER.PNG": (saved, None),
+    "one_pixel.png": (lambda path: saved(path, (1, 1)), None),
+    "line.png": (lambda path: saved(path, (20000, 20)), None),
+    "cmyk.jpg": (lambda path: saved(path, mode="CMYK"), None),
+    "deep.tiff": (lambda path: saved(path, mode="I;16"), None),
+    "animated.gif": (lambda path: saved(path, mode="P", save_all=True,
+                                        append_images=[Image.new("P", (64, 64), 9)]), None),
+    "dangling.png": (lambda path: path.symlink_to("nowhere"), None),
+    "loop.png": (lambda path: path.symlink_to(path), None),
+    "nested": (lambda path: (path.mkdir(), saved(path / "inside.png")), None),
+    "notes.txt": (lambda path: path.write_text("not an image"), None),
+    "empty.png": (lambda path: path.touch(), "cannot read the image .*empty.png"),
+    "bomb.png": (lambda path: path.write_bytes(png_of(30000)), "bomb.png: Image size .* exceeds"),
+    "float.tiff": (lambda path: saved(path, mode="F"), "float.tiff: pixels are floating-point"),
+    "short.png": (lambda path: path.write_bytes(png_of(64)), "cannot read the image .*short.png"),
+    "br\noken_\udcff.png": (lambda path: path.touch(), r"br oken_.udcff.png"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_file_among_the_images(name, demo, cli, tmp_path):
+    make, message = ODD[name]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in sorted((demo / "demo/train/good").iterdir())[:8]:
+        (folder / path.name).symlink_to(path)
+    make(folder / name)
+    out = tmp_path / "run"
+    train = cli("train.py", "--normal", folder, "--out", out, *TINY, "--steps", 0)
+    if message:
+        return assert_one_line(train, message)
+    assert train[0] == 0, train
+    code, output, error = cli("evaluate.py", "--model", out / "detector.pt", "--images", folder,
+                              "--pictures")  # fmt: skip
+    assert (code, error) == (0, ""), error
+    with (out / "scored/scores.csv").open(newline="", errors="surrogateescape") as file:
+        scored = [Path(row["path"]).name for row in csv.DictReader(file)]
+    read = (folder / name).is_file() and name != "notes.txt"
+    assert (name in scored) == read and len(scored) == 8 + read
+    assert output.count("normal") + output.count("anomalous") >= len(scored)
+
+
+@pytest.mark.parametrize(
+    "pixels, n, message",
+    [(0, 1, "too few"), (0, 2, "too few"), (0, 100, "do not vary"), (200, 100, "do not vary")],
+)
+def test_normal_images_that_fit_no_gaussian(pixels, n, message, cli, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(n):
+        Image.new("RGB", (64, 64), (pixels, pixels, 0)).save(tmp_path / f"images/{i}.png")
+    given = ["--normal", tmp_path / "images", "--out", tmp_path / "run", *TINY]
+    assert_one_line(cli("train.py", *given), message)
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_mask_of_another_size_and_mask_without_an_image(trained, demo, cli, tmp_path):
+    data = tmp_path / "demo"
+    (data / "ground_truth/stain").mkdir(parents=True)
+    (data / "test").symlink_to(demo / "demo/test")
+    for mask in (demo / "demo/ground_truth/stain").iterdir():
+        larger = Image.open(mask).resize((256, 192), Image.Resampling.NEAREST)
+        larger.save(data / "ground_truth/stain" / mask.name)
+    larger.save(data / "ground_truth/stain/999_mask.png")
+    sample = gaussad.list_samples(tmp_path, "demo", "test")[-1]
+    expected = np.asarray(Image.open(demo / "demo/ground_truth/stain/007_mask.png")) > 0
+    assert np.array_equal(gaussad.load_mask(sample.mask, 64), expected)
+    code, _, error = cli("evaluate.py", "--data", tmp_path, "--category", "demo", "--out",
+                         trained[0])  # fmt: skip
+    metrics = json.loads((trained[0] / "metrics.json").read_text())
+    assert code == 0 and metrics["n_without_mask"] == 16 and 0 < metrics["aupro"] < 1, error
+
+
+@contextmanager
+def full_disk(size=20_000):
+    """Files cannot grow past `size` bytes; what fails then is what fails on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_keeps_what_was_there(trained, demo, cli, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained[0], out)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    given = ["--data", demo, "--category", "demo", "--out", out]
+    for limit in (20_000, 2_000):  # enough for some of the files, and for none
+        for script, more in (("train.py", [*TINY, "--steps", 0, "--seed", 1]), ("evaluate.py", [])):
+            with full_disk(limit):
+                result = cli(script, *given, *more)
+            if script == "train.py" or limit == 2_000:
+                assert_one_line(result, "is the disk full|File too large")
+            for name in before if script == "train.py" else ["detector.pt", "history.json"]:
+                assert (out / name).read_bytes() == before[name]
+            assert not list(out.glob(".*"))
+        shutil.copytree(trained[0], out, dirs_exist_ok=True)
+
+
+def test_image_that_may_not_be_read(demo, tmp_path):
+    (tmp_path / "secret.png").write_bytes((demo / "demo/train/good/000.png").read_bytes())
+    (tmp_path / "secret.png").chmod(0)
+    root = hasattr(os, "geteuid") and os.geteuid() == 0  # who may read all
+    if root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(ValueError, match="cannot read the image .*secret.png.*ermission"):
+            gaussad.load_image(tmp_path / "secret.png", 32)
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -48,11 +48,11 @@ from gaussad import (
     GaussianAD,
     Images,
     Validation,
-    atomic_path,
     draw_demo,
     list_images,
     list_samples,
     load_plain,
+    save_plain,
     split_normal,
 )
 
@@ -235,8 +235,7 @@ def select(detector: GaussianAD, images: Images, validator: AugmentationValidato
         write_json(args.out / "history.json", history)
         if history["finished"]:
             break
-        with atomic_path(args.out / "checkpoint.pt") as part:
-            torch.save(state | training | {"step": record["step"]}, part)
+        save_plain(state | training | {"step": record["step"]}, args.out / "checkpoint.pt")
     history |= {"checks": checks, "best_step": state["best_step"], "finished": True}
     write_json(args.out / "history.json", history)  # once more, where training diverged
     (args.out / "checkpoint.pt").unlink(missing_ok=True)
@@ -249,12 +248,14 @@ def is_gain(gain: float, standard_error: float) -> bool:
 def save(detector: GaussianAD, out: Path, new: bool) -> None:
     """Save the detector; remove what tells of the one that was there, of a `new` run its history.
 
-    That goes first: a kill in between must not leave a finished history beside another detector.
+    A full disk fails while all that was there is there still, and a kill at any moment leaves no
+    finished history beside another detector.
     """
+    detector.save(out / "detector.new")
     for name in ("metrics.json", "scores.csv", "report.html", *["history.json"] * new):
         (out / name).unlink(missing_ok=True)
-    detector.save(out / "detector.pt")
     shutil.rmtree(out / "pictures", ignore_errors=True)
+    os.replace(out / "detector.new", out / "detector.pt")
 
 
 def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValidator,
@@ -281,8 +282,8 @@ def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValid
         detector.gaussians = pretrained
         todo = progress(islice(stream, check - step), (check - step) * args.batch_size,
                         f"training to step {check}")
-        losses = [train_step(detector, optimizer, batch.to(device)) for batch in todo]
         try:
+            losses = [train_step(detector, optimizer, batch.to(device)) for batch in todo]
             if check:
                 fit()
             found = validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
@@ -316,9 +317,11 @@ def endless(images: Images, batch_size: int, shuffle: torch.Generator) -> Iterat
 
 def train_step(detector: GaussianAD, optimizer: torch.optim.Optimizer,
                batch: torch.Tensor) -> float:
-    """One step; the loss before it."""
+    """One step; the loss before it. Raises DegenerateError where that is NaN or infinite."""
     optimizer.zero_grad()
     loss = detector.loss(batch)
+    if not loss.isfinite():
+        raise DegenerateError(f"the loss is {loss.item()}")
     loss.backward()
     optimizer.step()
     return loss.item()
