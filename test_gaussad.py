@@ -20,6 +20,7 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,41 @@ def test_distance_is_mahalanobis_and_its_gradient_is_finite_at_the_mean():
     assert at_mean.grad.isfinite().all()
 
 
+SHAPES = [(40, 3), (7, 12), (2, 3, 30, 5)]  # (..., N, C), of fewer and of more samples than features
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(3))
+def test_distances_are_finite_and_not_negative(shape, dtype, seed):
+    scale = 10.0 ** np.random.default_rng(seed).uniform(-6, 6)
+    x = torch.tensor(scale * random_samples(*shape, condition=1e3, seed=seed), dtype=dtype)
+    gaussian = Gaussian.fit(Moments().add(x))
+    for samples in (x, x + 1e3 * scale, gaussian.mean.unsqueeze(-2)):
+        distance = gaussian.distance(samples.movedim(-2, 0))
+        assert distance.isfinite().all() and (distance >= 0).all()
+    assert not distance.any()  # of the mean itself
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_distance_without_shrinkage_is_invariant_under_affine_maps(seed):
+    rng = np.random.default_rng(seed)
+    x = random_samples(200, 6, condition=1e2, seed=seed)
+    mapped = x @ rng.normal(size=(6, 6)) * 10.0 ** rng.uniform(-6, 6, 6) + rng.normal(size=6)
+    a, b = (Gaussian(torch.tensor(y.mean(0)),
+                     gaussad.whitening_matrix(torch.tensor(np.cov(y.T, bias=True))))
+            .distance(torch.tensor(y)) for y in (x, mapped))  # fmt: skip
+    assert relative(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_scale_of_the_features_changes_no_ranking(scale):
+    x = torch.tensor(random_samples(60, 20, condition=1e4, offset=1.0), dtype=torch.float32)
+    y = torch.tensor(random_samples(60, 20, offset=1.0, seed=1), dtype=torch.float32)
+    distances = [Gaussian.fit(Moments().add(s * x)).distance(s * y) for s in (1, scale)]
+    assert torch.equal(*(distance.argsort() for distance in distances))
+
+
 # ------------------------------------------------------------------------------------------------
 # AUROC
 # ------------------------------------------------------------------------------------------------
@@ -186,6 +222,18 @@ def test_auroc_equals_scikit_learn_on_a_million_tied_scores():
 def test_auroc_of_what_has_none_is_an_error(scores, labels):
     with pytest.raises(ValueError, match="AUROC"):
         gaussad.auroc(torch.tensor(scores), torch.tensor(labels))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auroc_is_of_ranks_alone_and_turns_round_with_the_sign(seed):
+    rng = np.random.default_rng(seed)
+    labels = torch.tensor(rng.random(80) < rng.uniform(0.1, 0.9))
+    scores = torch.tensor(rng.integers(-9, 9, 80)).to([torch.float32, torch.float64][seed % 2])
+    found = gaussad.auroc(scores, labels)
+    for monotone in (lambda x: 3 * x + 7, torch.exp, torch.atan, lambda x: x**3):
+        assert gaussad.auroc(monotone(scores), labels) == found
+    assert gaussad.auroc(-scores, labels) == pytest.approx(1 - found, abs=1e-15)
+    assert gaussad.auroc(scores, ~labels) == pytest.approx(1 - found, abs=1e-15)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -265,6 +313,20 @@ def test_aupro_of_a_perfect_and_of_an_inverted_map():
     masks[0, 5:8, 5:8] = True
     assert gaussad.aupro(masks.float(), masks) == 1
     assert gaussad.aupro(-masks.float(), masks) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_aupro_is_a_share_of_ranks_alone_that_rises_with_a_better_map(seed):
+    rng = np.random.default_rng(seed)
+    masks = torch.tensor(rng.random((3, 15, 12)) < 0.2)
+    maps = torch.tensor(rng.integers(0, 50, masks.shape), dtype=torch.float64)
+    worse = gaussad.aupro(maps, masks)
+    assert 0 <= worse <= 1 and gaussad.aupro(torch.exp(maps), masks) == worse
+    for rise in (3, 10, 60):  # the last one puts all anomalous pixels first
+        better = gaussad.aupro(maps + rise * masks, masks)
+        assert worse - 1e-12 < better <= 1
+        worse = better
+    assert worse == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -469,6 +531,23 @@ def test_tail_quantile_of_few_many_and_equal_scores():
     for scores, quantile in (([], 0.9), ([1.0, float("nan")], 0.9), ([1.0, 2.0], 1.0)):
         with pytest.raises(ValueError, match="quantile"):
             gaussad.tail_quantile(torch.tensor(scores), quantile)
+
+
+@pytest.mark.parametrize("batches", [10, pytest.param(100, marks=pytest.mark.benchmark)])
+def test_ten_times_the_images_take_no_more_memory_to_fit(batches):
+    code = f"""if True:
+        import resource, torch
+        from gaussad import FeatureExtractor, GaussianAD
+        detector = GaussianAD(FeatureExtractor("{BACKBONE}", weights="random"))
+        peaks = []
+        for n in ({batches}, 10 * {batches}):  # of 10 images
+            detector.fit(torch.rand(10, 3, 64, 64) for _ in range(n))
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        print(peaks[1] / peaks[0])
+    """
+    pytest.importorskip("resource")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert float(done.stdout) < 1.05, done.stderr
 
 
 def test_saved_detector_is_the_same_to_the_bit_and_needs_no_download(fitted, tmp_path):
@@ -1318,6 +1397,140 @@ def test_image_that_may_not_be_read(demo, tmp_path):
 def test_cuda_asked_for_and_absent(demo, cli, tmp_path):
     given = ["--data", demo, "--category", "demo", *TINY, "--device", "cuda", "--out", tmp_path]
     assert_one_line(cli("train.py", *given), "no CUDA device")
+
+
+# ------------------------------------------------------------------------------------------------
+# Benchmark: python -m pytest -m benchmark
+# ------------------------------------------------------------------------------------------------
+
+benchmark = pytest.mark.benchmark
+
+
+def seconds(**works):
+    """The median time of each of some works, done in turns five times after a first round."""
+    times = {name: [] for name in works}
+    for _ in range(6):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
+    return {name: np.median(values[1:]) for name, values in times.items()}
+
+
+@pytest.fixture
+def told(capsys):
+    """Print the ratio of each time to the first, with the limit it must keep to."""
+
+    def tell(times, **limits):
+        first = next(iter(times.values()))
+        with capsys.disabled():
+            for name, value in times.items():
+                limit = f"  (limit {limits[name]})" if name in limits else ""
+                print(f"\n{name:<40} {value:8.3f} s  {value / first:6.2f}{limit}", end="")
+        assert all(times[name] / first < limit for name, limit in limits.items())
+
+    return tell
+
+
+@benchmark
+def test_scoring_takes_little_longer_than_the_network(demo, told):
+    paths = [sample.path for sample in gaussad.list_samples(demo, "demo", "train")]
+    images = gaussad.Images(paths, 320)
+    batches = list(images.batches(16))
+    detector = GaussianAD(FeatureExtractor("mobilenet_v2", weights="random")).fit(batches)
+
+    @torch.inference_mode()
+    def through(work, batches):
+        for batch in batches:
+            work(batch)
+
+    told(
+        seconds(
+            network=lambda: through(detector.extractor, batches),
+            scores=lambda: through(detector, images.batches(16)),
+            scores_and_maps=lambda: evaluate.score(detector, images, 16, torch.device("cpu")),
+        ),
+        scores=1.10, scores_and_maps=1.35,
+    )  # fmt: skip
+
+
+@benchmark
+def test_training_takes_little_longer_than_bare_steps(demo, told):
+    paths = [sample.path for sample in gaussad.list_samples(demo, "demo", "train")]
+    images = gaussad.Images(paths, 320)
+    batches = list(images.batches(16))
+    detector = GaussianAD(FeatureExtractor("mobilenet_v2", weights="random")).fit(batches)
+    optimizer = torch.optim.Adam(detector.parameters(), lr=1e-9)
+    stream = train.endless(images, 16, torch.Generator())
+
+    def bare(batch):
+        optimizer.zero_grad()
+        sum(maps.mean() for maps in detector.extractor(batch)).backward()
+        optimizer.step()
+
+    told(
+        seconds(
+            bare_steps=lambda: [bare(batch) for batch in batches],
+            training=lambda: [train.train_step(detector, optimizer, batch)
+                              for batch in islice(stream, len(batches))],
+        ),
+        training=1.10,
+    )  # fmt: skip
+
+
+@benchmark
+def test_ledoit_wolf_is_as_fast_as_scikit_learns(told):
+    covariance = pytest.importorskip("sklearn.covariance")
+    x = random_samples(320, 1792)
+    tensor = torch.tensor(x)
+    told(
+        seconds(
+            sklearn_ledoit_wolf=lambda: covariance.ledoit_wolf(x),
+            ours=lambda: gaussad.ledoit_wolf(tensor),
+        ),
+        ours=1.0,
+    )
+    told(
+        seconds(
+            sklearn_LedoitWolf_fit=lambda: covariance.LedoitWolf().fit(x),
+            ours=lambda: gaussad.ledoit_wolf(tensor),
+        ),
+        ours=0.2,
+    )
+
+
+@benchmark
+def test_metrics_are_fast(told):
+    roc_auc_score = pytest.importorskip("sklearn.metrics").roc_auc_score
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=10**6), rng.random(10**6) < 0.1
+    tensors = torch.tensor(scores), torch.tensor(labels)
+    told(
+        seconds(
+            sklearn_roc_auc_score=lambda: roc_auc_score(labels, scores),
+            auroc=lambda: gaussad.auroc(*tensors),
+        ),
+        auroc=1.0,
+    )
+    maps, masks = torch.rand(160, 320, 320), torch.zeros(160, 320, 320, dtype=torch.bool)
+    masks[41:, 40:120, 50:90] = masks[60:, 200:290, 150:300] = True
+    found = seconds(aupro_of_160_maps=lambda: gaussad.aupro(maps, masks))
+    told(found)
+    assert found["aupro_of_160_maps"] < 10
+
+
+@benchmark
+def test_start_is_fast(told):
+    python = lambda *args: subprocess.run([sys.executable, *args], cwd=HERE, check=True,
+                                          stdout=subprocess.DEVNULL)  # fmt: skip
+    found = seconds(
+        import_torch_and_torchvision=lambda: python("-c", "import torch, torchvision"),
+        import_gaussad=lambda: python("-c", "import torch, torchvision, gaussad"),
+        help_of_train=lambda: python("train.py", "--help"),
+    )
+    told(found)
+    assert found["import_gaussad"] - found["import_torch_and_torchvision"] < 0.05
+    assert found["help_of_train"] < 4
 
 
 # ------------------------------------------------------------------------------------------------
