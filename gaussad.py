@@ -588,6 +588,9 @@ class Gaussian(nn.Module):
                     added to each variance: a location that is blank in all images has none of its
                     own, and no distance without
 
+        But for the identity, the scale of the features changes no distance beyond rounding, at
+        least from 1e-6 to 1e6.
+
         Raises ValueError for fewer than three samples (of two, y_k y_kᵀ = S, and so the shrinkage
         is 0 and S singular), and where their spread is no more than float32's rounding.
         """

@@ -9,6 +9,7 @@ screw in it) and GAUSSAD_WEIGHTS (a state dict of mobilenet_v2) it also runs on 
 
 import csv
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -579,13 +580,19 @@ def test_failed_save_keeps_the_old_file(fitted, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["detector.pt"]
 
 
-def test_loading_runs_no_code(tmp_path):
-    class Malicious:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
+class Malicious:
+    """Makes a folder when it is unpickled."""
 
-    (tmp_path / "detector.pt").write_bytes(pickle.dumps(Malicious()))
-    torch.save(Malicious(), tmp_path / "weights.pth")
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_loading_runs_no_code(tmp_path):
+    (tmp_path / "detector.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
+    torch.save(Malicious(tmp_path / "executed"), tmp_path / "weights.pth")
     for name in ("detector.pt", "weights.pth"):
         with pytest.raises(ValueError, match=name):
             GaussianAD.load(tmp_path / name)
@@ -1157,6 +1164,17 @@ def test_category_without_anomalous_images_is_scored(trained, cli, tmp_path, dem
     assert json.loads((folder / "metrics.json").read_text())["image_auroc"] is None
 
 
+def test_workers_do_not_depend_on_how_processes_start(demo, cli, tmp_path):
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)  # that of Windows and macOS
+    try:
+        code, _, error = cli("train.py", "--data", demo, "--category", "demo", *TINY, "--steps", 0,
+                             "--workers", 3, "--out", tmp_path)  # fmt: skip
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+    assert code == 0, error
+
+
 def test_demo(cli, tmp_path):
     code, output, error = cli("train.py", "--demo", "--weights", "random", "--image-size", 64,
                               "--steps", 4, "--out", tmp_path)  # fmt: skip
@@ -1184,7 +1202,10 @@ def broken(demo, tmp_path_factory):
     (root / "file").write_text("not a folder")
     (root / "pickle.pth").write_bytes(pickle.dumps(Path("x")))
     torch.save(models.mobilenet_v3_small().state_dict(), root / "mobilenet_v3_small.pth")
-    return root
+    torch.save(Malicious(root / "executed"), root / "malicious.pth")
+    torch.save({"settings": {"backbone": BACKBONE, "levels": [9]}}, root / "older.pth")
+    yield root
+    assert not (root / "executed").exists()
 
 
 @pytest.mark.parametrize(
@@ -1211,6 +1232,7 @@ def broken(demo, tmp_path_factory):
         ("--data DEMO --category demo --weights ROOT/nowhere.pth", "nowhere.pth"),
         ("--data DEMO --category demo --weights ROOT/file", "ROOT/file is not"),
         ("--data DEMO --category demo --weights ROOT/pickle.pth", "pickle.pth is not"),
+        ("--data DEMO --category demo --weights ROOT/malicious.pth", "malicious.pth is not"),
         ("--data DEMO --category demo --weights ROOT/mobilenet_v3_small.pth --backbone resnet18",
          "does not hold the weights of resnet18"),
         ("--data DEMO --category demo --out ROOT/file/run", "ROOT/file/run.*--out"),
@@ -1236,13 +1258,16 @@ def test_bad_input_to_train_is_told_in_one_line(args, message, broken, demo, cli
         ("--out ROOT/not_a_detector", "not_a_detector/detector.pt is not"),
         ("--out ROOT/truncated", "truncated/detector.pt is not a file of tensors"),
         ("--out ROOT/weights_only", "weights_only/detector.pt is not a detector"),
+        ("--out ROOT/malicious", "malicious/detector.pt is not a file of tensors"),
+        ("--out ROOT/older", "older/detector.pt is not a detector saved by this version"),
         ("--out RUN --data ROOT --category empty", "the detector of 'demo', not of 'empty'"),
         ("--out RUN --data NO_TEST", "demo/test"),
         ("--model RUN/detector.pt", "--model and --images go together"),
     ],
 )
 def test_bad_input_to_evaluate_is_told_in_one_line(args, message, broken, demo, trained, cli):
-    for name, file in (("not_a_detector", "file"), ("weights_only", "mobilenet_v3_small.pth")):
+    for name, file in (("not_a_detector", "file"), ("weights_only", "mobilenet_v3_small.pth"),
+                       ("malicious", "malicious.pth"), ("older", "older.pth")):
         (broken / name).mkdir(exist_ok=True)
         (broken / name / "detector.pt").write_bytes((broken / file).read_bytes())
     (broken / "truncated/detector.pt").write_bytes((trained[0] / "detector.pt").read_bytes()[:5000])
