@@ -804,7 +804,7 @@ class GaussianAD(nn.Module):
                     getattr(detector, name).append(Gaussian(mean, whitening))
             detector.load_state_dict(state, assign=True)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is not a detector saved by this version of gaussad") from error
+            raise ValueError(f"{path} is not a detector saved by this gaussad.py") from error
         return detector
 
 

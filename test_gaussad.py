@@ -158,7 +158,7 @@ def test_distance_is_mahalanobis_and_its_gradient_is_finite_at_the_mean():
     assert at_mean.grad.isfinite().all()
 
 
-SHAPES = [(40, 3), (7, 12), (2, 3, 30, 5)]  # (..., N, C), of fewer and of more samples than features
+SHAPES = [(40, 3), (7, 12), (2, 3, 30, 5)]  # (..., N, C)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -1259,7 +1259,7 @@ def test_bad_input_to_train_is_told_in_one_line(args, message, broken, demo, cli
         ("--out ROOT/truncated", "truncated/detector.pt is not a file of tensors"),
         ("--out ROOT/weights_only", "weights_only/detector.pt is not a detector"),
         ("--out ROOT/malicious", "malicious/detector.pt is not a file of tensors"),
-        ("--out ROOT/older", "older/detector.pt is not a detector saved by this version"),
+        ("--out ROOT/older", "older/detector.pt is not a detector saved by this gaussad.py"),
         ("--out RUN --data ROOT --category empty", "the detector of 'demo', not of 'empty'"),
         ("--out RUN --data NO_TEST", "demo/test"),
         ("--model RUN/detector.pt", "--model and --images go together"),
