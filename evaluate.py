@@ -280,7 +280,7 @@ def score_own(args: argparse.Namespace, device: torch.device) -> None:
     """Score images of no data set: path, the map's maximum over its threshold, and the verdict."""
     detector = load_detector(args.model, device)
     images = Images(list_images(args.images), detector.image_size[0], args.workers)
-    scored = score(detector, images, args.batch_size, device)
+    scored = score(detector, images, args.batch_size, device, keep_maps=args.pictures)
     out = args.out or args.model.parent / "scored"
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / "scores.csv", images.paths, {}, scored)
@@ -298,7 +298,7 @@ class Scored:
     """What a detector says of N images, on the CPU; verdicts go by the map's maximum."""
 
     scores: Tensor  # (N,) float64
-    maps: Tensor  # (N, H, W) float32
+    maps: Tensor | None  # (N, H, W) float32, unless they were not kept
     maxima: Tensor  # (N,) of the maps
     score_ratios: Tensor  # (N,) scores over their threshold
     map_ratios: Tensor  # (N,) maxima over their threshold
@@ -311,13 +311,17 @@ class Scored:
 
 
 @torch.inference_mode()
-def score(detector: GaussianAD, images: Images, batch_size: int, device: torch.device) -> Scored:
-    batches = progress(images.batches(batch_size), len(images), "scoring")
-    found = [detector.scores_and_maps(batch.to(device)) for batch in batches]
-    scores, maps = (torch.cat(parts).cpu() for parts in zip(*found))
-    maxima = maps.amax((1, 2))
-    return Scored(scores, maps, maxima, scores / detector.threshold.cpu(),
-                  maxima / detector.map_threshold.cpu())
+def score(detector: GaussianAD, images: Images, batch_size: int, device: torch.device,
+          keep_maps: bool = True) -> Scored:
+    """Score images; their maps take 4 H W bytes each, which many images have no room for."""
+    found = []
+    for batch in progress(images.batches(batch_size), len(images), "scoring"):
+        scores, maps = detector.scores_and_maps(batch.to(device))
+        found.append((scores.cpu(), maps.amax((1, 2)).cpu(), maps.cpu() if keep_maps else None))
+    scores, maxima, maps = zip(*found)
+    scores, maxima = torch.cat(scores), torch.cat(maxima)
+    return Scored(scores, torch.cat(maps) if keep_maps else None, maxima,
+                  scores / detector.threshold.cpu(), maxima / detector.map_threshold.cpu())
 
 
 def read_masks(samples: list[Sample], size: int) -> list[Tensor | None]:
