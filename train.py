@@ -111,8 +111,8 @@ def parse(argv: list[str] | None) -> Namespace:
     model.add_argument("--image-size", type=number(int, 32, 4096), default=380, metavar="PX",
                        help="side of the square that images are resized to (default: 380)")
     tuning = parser.add_argument_group("fine-tuning")
-    tuning.add_argument("--steps", type=number(int, 0, 10**7), default=256, metavar="N",
-                        help="at most; 0 is the frozen network (default: 256)")
+    tuning.add_argument("--steps", type=number(int, 0, 10**7), default=512, metavar="N",
+                        help="at most; 0 is the frozen network (default: 512)")
     tuning.add_argument("--patience", type=number(int, 1, 10**6), default=3, metavar="N",
                         help="stop after N checks without a gain; there is one after 32 steps "
                              "and each time their number has doubled (default: 3)")
