@@ -392,13 +392,14 @@ def measure_maps(maps: Tensor, masks: list[Tensor | None]) -> dict:
 
 
 def read_history(out: Path) -> dict:
-    """What train.py wrote to history.json; empty for a detector that was saved without one."""
+    """What train.py wrote to history.json; empty where that is missing or something else."""
+    wanted = {"step", "loss", "auroc", "gain", "standard_error"}
     try:
         history = json.loads((out / "history.json").read_text())
-    except (OSError, ValueError):
+        known = all(wanted <= check.keys() for check in history.get("checks", []))
+        return history if known and isinstance(history["settings"], dict) else {}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return {}
-    well_formed = isinstance(history, dict) and isinstance(history.get("settings"), dict)
-    return history if well_formed else {}
 
 
 def write_scores(path: Path, paths: list[Path], columns: dict[str, list], scored: Scored) -> None:

@@ -1154,6 +1154,16 @@ def test_run_that_is_killed_goes_on_to_the_same_bits(demo, cli, tmp_path):
     assert sorted(p.name for p in killed.iterdir()) == ["detector.pt", "history.json"]
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"settings": {}, "checks": 3}', '{"checks": []}',
+                                  '{"settings": {}, "checks": [{"step": 0}]}'])  # fmt: skip
+def test_history_that_is_none_is_left_out_of_the_report(text, trained, demo, cli, tmp_path):
+    shutil.copy(trained[0] / "detector.pt", tmp_path)
+    (tmp_path / "history.json").write_text(text)
+    code, _, error = cli("evaluate.py", "--data", demo, "--category", "demo", "--out", tmp_path)
+    assert (code, error) == (0, "") and (tmp_path / "report.html").is_file()
+    assert json.loads((tmp_path / "metrics.json").read_text())["best_step"] is None
+
+
 def test_category_without_anomalous_images_is_scored(trained, cli, tmp_path, demo):
     (tmp_path / "demo/test").mkdir(parents=True)
     (tmp_path / "demo/test/good").symlink_to(demo / "demo/test/good")
