@@ -7,6 +7,7 @@ runs offline on the CPU on drawn data and random weights. With GAUSSAD_DATA (an 
 screw in it) and GAUSSAD_WEIGHTS (a state dict of mobilenet_v2) it also runs on the real thing.
 """
 
+import copy
 import csv
 import json
 import multiprocessing
@@ -1432,6 +1433,20 @@ def test_image_that_may_not_be_read(demo, tmp_path):
 def test_cuda_asked_for_and_absent(demo, cli, tmp_path):
     given = ["--data", demo, "--category", "demo", *TINY, "--device", "cuda", "--out", tmp_path]
     assert_one_line(cli("train.py", *given), "no CUDA device")
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_scores_and_maps_of_a_gpu_are_those_of_the_cpu(fitted):
+    detector, images = fitted
+    device = evaluate.pick_device("cuda")
+    on_gpu = copy.deepcopy(detector).to(device)
+    for fit in (False, True):
+        if fit:
+            on_gpu.fit(images.to(device).split(5))
+        for found, expected in zip(on_gpu.scores_and_maps(images.to(device)),
+                                   detector.scores_and_maps(images)):  # fmt: skip
+            assert relative(found.cpu(), expected) < 1e-3
 
 
 # ------------------------------------------------------------------------------------------------

@@ -238,7 +238,8 @@ def select(detector: GaussianAD, images: Images, validator: AugmentationValidato
         save_plain(state | training | {"step": record["step"]}, args.out / "checkpoint.pt")
     history |= {"checks": checks, "best_step": state["best_step"], "finished": True}
     write_json(args.out / "history.json", history)  # once more, where training diverged
-    (args.out / "checkpoint.pt").unlink(missing_ok=True)
+    for name in ("checkpoint.pt", "detector.new"):  # the latter of a kill while it was saved
+        (args.out / name).unlink(missing_ok=True)
 
 
 def is_gain(gain: float, standard_error: float) -> bool:
