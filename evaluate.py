@@ -183,6 +183,8 @@ def explain(error: Exception) -> str:
 
 def run(main: Callable[[], int | None]) -> None:
     """Exit with what `main` returns; what the user can mend ends in one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter stops no training
+        stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -398,7 +400,7 @@ def read_history(out: Path) -> dict:
         history = json.loads((out / "history.json").read_text())
         known = all(wanted <= check.keys() for check in history.get("checks", []))
         return history if known and isinstance(history["settings"], dict) else {}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
         return {}
 
 
@@ -584,7 +586,7 @@ def write_report(path: Path, category: str, metrics: dict, checks: list[dict], l
     page = (f"<!doctype html><meta charset=utf-8><title>{html.escape(category)}</title>"
             f"<style>{STYLE}</style>" + "\n".join(parts))
     with atomic_path(path) as part:
-        part.write_text(page, encoding="utf-8")
+        part.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def html_table(header: list[str], rows: list[list]) -> str:
@@ -629,7 +631,7 @@ def roc_curve(scored: Scored, labels: Tensor, metrics: dict) -> str:
     shapes = []
     for values, dash in ((scored.maxima, "none"), (scored.scores, "6")):
         values, order = values.sort(descending=True)
-        last = torch.cat([values.diff() != 0, torch.tensor([True])])  # of equal values
+        last = torch.cat([values[1:] != values[:-1], torch.tensor([True])])  # of equal values
         rates = [torch.cat([torch.zeros(1), (labels[order] == label).cumsum(0)[last].float()])
                  for label in (0, 1)]
         x, y = (rate / rate[-1] for rate in rates)

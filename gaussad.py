@@ -1030,7 +1030,8 @@ def aupro(maps: Tensor, masks: Tensor, fpr_limit: float = 0.3) -> float:
     n_regions = (1 / size[anomalous].double()).sum().round()
     step = (1 / (n_regions * size.double())).where(anomalous, 0)  # PRO gained by telling a pixel
     values, order = maps.flatten().sort(descending=True)
-    last = torch.cat([values.diff() != 0, values.new_ones(1, dtype=torch.bool)])  # of equal values
+    ends = values[1:] != values[:-1]  # not diff(): infinities are equal too
+    last = torch.cat([ends, ends.new_ones(1)])  # of equal values
     pro = step[order].cumsum(0)[last]
     normal = (~anomalous)[order].cumsum(0)[last].double()
     area = _area_up_to(fpr_limit, normal / normal[-1], pro)

@@ -310,6 +310,13 @@ def test_regions_are_those_of_a_flood_fill():
     assert len(set.union(*numbers)) == len(regions)
 
 
+def test_aupro_takes_equal_infinities_as_ties():
+    maps, masks = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)
+    maps[0, ::2], masks[0, :2, :2] = 9, True
+    expected = gaussad.aupro(maps, masks, 1.0)
+    assert gaussad.aupro(maps.where(maps == 0, torch.inf), masks, 1.0) == expected
+
+
 def test_aupro_of_a_perfect_and_of_an_inverted_map():
     masks = torch.zeros(2, 20, 20, dtype=torch.bool)
     masks[0, 5:8, 5:8] = True
@@ -1001,7 +1008,7 @@ def test_same_seed_same_bits(trained, demo, cli, tmp_path):
 
 def test_diverging_training_keeps_the_best_and_says_so(demo, cli, tmp_path):
     (tmp_path / "pictures").mkdir()
-    for name in ("metrics.json", "pictures/good_000.png"):  # of an earlier detector
+    for name in ("metrics.json", "scores.csv", "pictures/good_000.png"):  # of an earlier detector
         (tmp_path / name).write_text("{}")
     code, output, error = cli("train.py", "--data", demo, "--category", "demo", *TINY, "--steps",
                               64, "--lr", "1e6", "--out", tmp_path)  # fmt: skip
@@ -1163,6 +1170,14 @@ def test_history_that_is_none_is_left_out_of_the_report(text, trained, demo, cli
     code, _, error = cli("evaluate.py", "--data", demo, "--category", "demo", "--out", tmp_path)
     assert (code, error) == (0, "") and (tmp_path / "report.html").is_file()
     assert json.loads((tmp_path / "metrics.json").read_text())["best_step"] is None
+
+
+def test_images_in_the_run_folder_are_not_deleted(demo, cli, tmp_path):
+    shutil.copytree(demo / "demo/train/good", tmp_path / "pictures")
+    given = [*TINY, "--steps", 0, "--out", tmp_path]
+    assert_one_line(cli("train.py", "--normal", tmp_path / "pictures", *given), "another --out")
+    assert cli("train.py", "--normal", demo / "demo/train/good", *given)[0] == 0
+    assert len(list((tmp_path / "pictures").iterdir())) == 48
 
 
 def test_category_without_anomalous_images_is_scored(trained, cli, tmp_path, demo):

@@ -172,12 +172,17 @@ def train(args: Namespace, device: torch.device) -> None:
     """
     settings = {key: str(value) if isinstance(value, Path) else value
                 for key, value in vars(args).items() if key not in ELSEWHERE}
+    paths = normal_images(args)
+    settings["images"] = len(paths)  # more or fewer of them are another run
+    if any((args.out / "pictures").resolve() in path.resolve().parents for path in paths):
+        raise ValueError(f"the images are in {args.out / 'pictures'}, where evaluate.py writes its "
+                         "own; choose another --out")
     past = read_history(args.out)
     finished = past.get("finished") and (args.out / "detector.pt").is_file()
     if finished and past["settings"] == settings and not args.force:
         print(f"{args.out} is finished; --force trains it anew")
         return
-    fit, held_out = split_normal(normal_images(args), args.seed)
+    fit, held_out = split_normal(paths, args.seed)
     detector = GaussianAD(make_extractor(args), args.map_levels, args.covariance).to(device)
     make_folder(args.out)
     state = read_checkpoint(args.out / "checkpoint.pt", settings) if args.resume else None
@@ -206,7 +211,7 @@ def normal_images(args: Namespace) -> list[Path]:
 
 def read_checkpoint(path: Path, settings: dict) -> dict | None:
     """What `select` saved at the last check; None if there is nothing to go on with."""
-    if not path.is_file():
+    if not path.is_file() or not path.with_name("detector.pt").is_file():
         return None
     state = load_plain(path)
     if state.get("settings") != settings:
@@ -253,9 +258,11 @@ def save(detector: GaussianAD, out: Path, new: bool) -> None:
     finished history beside another detector.
     """
     detector.save(out / "detector.new")
-    for name in ("metrics.json", "scores.csv", "report.html", *["history.json"] * new):
+    if (out / "scores.csv").exists():  # else evaluate.py was not here: the pictures are not its
+        shutil.rmtree(out / "pictures", ignore_errors=True)
+    for name in ("metrics.json", "scores.csv", "report.html",
+                 *["history.json", "checkpoint.pt"] * new):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "pictures", ignore_errors=True)
     os.replace(out / "detector.new", out / "detector.pt")
 
 
