@@ -162,7 +162,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def printable(text: str) -> str:
-    """On one line, and without bytes of a file's name that are no text, which print refuses."""
+    """On one line, and as text whatever bytes a file's name has."""
     escape = lambda letter: letter.encode("unicode_escape").decode()
     return "".join(letter if letter.isprintable() else escape(letter) for letter in text)
 

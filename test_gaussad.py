@@ -1357,10 +1357,10 @@ def test_odd_file_among_the_images(name, demo, cli, tmp_path):
         (folder / path.name).symlink_to(path)
     make(folder / name)
     out = tmp_path / "run"
-    train = cli("train.py", "--normal", folder, "--out", out, *TINY, "--steps", 0)
+    result = cli("train.py", "--normal", folder, "--out", out, *TINY, "--steps", 0)
     if message:
-        return assert_one_line(train, message)
-    assert train[0] == 0, train
+        return assert_one_line(result, message)
+    assert result[0] == 0, result
     code, output, error = cli("evaluate.py", "--model", out / "detector.pt", "--images", folder,
                               "--pictures")  # fmt: skip
     assert (code, error) == (0, ""), error
@@ -1402,7 +1402,7 @@ def test_mask_of_another_size_and_mask_without_an_image(trained, demo, cli, tmp_
 
 
 @contextmanager
-def full_disk(size=20_000):
+def full_disk(size):
     """Files cannot grow past `size` bytes; what fails then is what fails on a full disk."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1497,12 +1497,19 @@ def told(capsys):
     return tell
 
 
-@benchmark
-def test_scoring_takes_little_longer_than_the_network(demo, told):
+@pytest.fixture
+def decoded(demo):
+    """A detector of 320 px, the images it was fitted to, all in memory, and their batches."""
     paths = [sample.path for sample in gaussad.list_samples(demo, "demo", "train")]
     images = gaussad.Images(paths, 320)
     batches = list(images.batches(16))
     detector = GaussianAD(FeatureExtractor("mobilenet_v2", weights="random")).fit(batches)
+    return detector, images, batches
+
+
+@benchmark
+def test_scoring_takes_little_longer_than_the_network(decoded, told):
+    detector, images, batches = decoded
 
     @torch.inference_mode()
     def through(work, batches):
@@ -1520,11 +1527,8 @@ def test_scoring_takes_little_longer_than_the_network(demo, told):
 
 
 @benchmark
-def test_training_takes_little_longer_than_bare_steps(demo, told):
-    paths = [sample.path for sample in gaussad.list_samples(demo, "demo", "train")]
-    images = gaussad.Images(paths, 320)
-    batches = list(images.batches(16))
-    detector = GaussianAD(FeatureExtractor("mobilenet_v2", weights="random")).fit(batches)
+def test_training_takes_little_longer_than_bare_steps(decoded, told):
+    detector, images, batches = decoded
     optimizer = torch.optim.Adam(detector.parameters(), lr=1e-9)
     stream = train.endless(images, 16, torch.Generator())
 

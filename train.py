@@ -174,8 +174,9 @@ def train(args: Namespace, device: torch.device) -> None:
                 for key, value in vars(args).items() if key not in ELSEWHERE}
     paths = normal_images(args)
     settings["images"] = len(paths)  # more or fewer of them are another run
-    if any((args.out / "pictures").resolve() in path.resolve().parents for path in paths):
-        raise ValueError(f"the images are in {args.out / 'pictures'}, where evaluate.py writes its "
+    pictures = (args.out / "pictures").resolve()
+    if any(pictures in path.resolve().parents for path in paths):
+        raise ValueError(f"the images are in {pictures}, where evaluate.py writes its "
                          "own; choose another --out")
     past = read_history(args.out)
     finished = past.get("finished") and (args.out / "detector.pt").is_file()
