@@ -141,7 +141,7 @@ def runs(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
 def for_each(todo: dict[str, argparse.Namespace], work: Callable[[argparse.Namespace], T]
              ) -> dict[str, T]:
     """The result of the work on each category; where one of several fails, it is told, and the
-    others go on. Raises ValueError in the end if none succeeded."""
+    others go on."""
     done = {}
     for name, args in todo.items():
         try:
@@ -150,9 +150,17 @@ def for_each(todo: dict[str, argparse.Namespace], work: Callable[[argparse.Names
             if len(todo) == 1:
                 raise
             tell(f"{name}: {explain(error)}")
-    if not done and todo:
-        raise ValueError(f"all of {len(todo)} categories failed")
     return done
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder that --out names, if need be. Raises ValueError where none can be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose one by --out")
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"cannot write to the folder {path}; choose another by --out")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -211,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     todo = runs(args)
     metrics = for_each(todo, lambda args: evaluate(args, device))
-    if len(todo) > 1:
+    if len(todo) > 1 and metrics:
         write_results(args.out or Path("runs"), metrics)
     return 0 if len(metrics) == len(todo) else 2
 
@@ -261,7 +269,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
     write_scores(out / "scores.csv", images.paths, columns, scored)
     write_json(out / "metrics.json", metrics)
     print(table(args.category, samples, metrics))
-    names = [f"{sample.defect}_{sample.path.stem}" for sample in samples]
+    names = picture_names([f"{sample.defect}_{sample.path.stem}" for sample in samples])
     misses, false_alarms = worst(labels.tolist(), scored.map_ratios.tolist())
     pictures = {i: captioned(detector, names[i], load_image(images.paths[i], images.size), scored,
                              i, masks[i]) for i in misses + false_alarms}
@@ -282,15 +290,15 @@ def score_own(args: argparse.Namespace, device: torch.device) -> None:
     """Score images of no data set: path, the map's maximum over its threshold, and the verdict."""
     detector = load_detector(args.model, device)
     images = Images(list_images(args.images), detector.image_size[0], args.workers)
-    scored = score(detector, images, args.batch_size, device, keep_maps=args.pictures)
     out = args.out or args.model.parent / "scored"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    scored = score(detector, images, args.batch_size, device, keep_maps=args.pictures)
     write_scores(out / "scores.csv", images.paths, {}, scored)
     for path, ratio, verdict in zip(images.paths, scored.map_ratios.tolist(), scored.verdicts):
         print(f"{ratio:8.3f} {verdict:<9} {printable(str(path))}")
     print(f"(1 is the threshold.) scores.csv is in {out}")
     if args.pictures:
-        names = [f"{i:04d}_{path.stem}" for i, path in enumerate(images.paths)]
+        names = picture_names([path.stem for path in images.paths])
         write_pictures(out / "pictures", detector, names, images, scored, [None] * len(images))
         print(f"Pictures are in {out / 'pictures'}")
 
@@ -395,7 +403,8 @@ def measure_maps(maps: Tensor, masks: list[Tensor | None]) -> dict:
 
 def read_history(out: Path) -> dict:
     """What train.py wrote to history.json; empty where that is missing or something else."""
-    wanted = {"step", "loss", "auroc", "gain", "standard_error"}
+    wanted = {"step", "loss", "auroc", "auroc_gain", "auroc_standard_error", "gain",
+              "standard_error"}
     try:
         history = json.loads((out / "history.json").read_text())
         known = all(wanted <= check.keys() for check in history.get("checks", []))
@@ -430,12 +439,13 @@ def write_results(root: Path, metrics: dict[str, dict]) -> None:
         known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
         mean.append(known.mean().item() if len(known) else None)
         error.append((known.std() / len(known)**0.5).item() if len(known) > 1 else None)
-    rows |= {"mean": mean, "standard_error": error}
-    write_json(root / "results.json",
-               {name: dict(zip(RESULTS, values)) for name, values in rows.items()})
+    named = {name: dict(zip(RESULTS, values)) for name, values in rows.items()}
+    write_json(root / "results.json", {"categories": named, "mean": dict(zip(RESULTS, mean)),
+                                       "standard_error": dict(zip(RESULTS, error))})
+    rows = [*rows.items(), ("mean", mean), ("standard_error", error)]
     write_csv(root / "results.csv", ["category", *RESULTS],
-              ([name, *values] for name, values in rows.items()))
-    for name, cells in {"in %": RESULTS, **rows}.items():
+              ([name, *values] for name, values in rows))
+    for name, cells in [("in %", RESULTS), *rows]:
         texts = (cell if isinstance(cell, str) else percent(cell) for cell in cells)
         print(f"{name:<16}" + "".join(f"{text:>21}" for text in texts))
     print(f"results.json and results.csv are in {root}")
@@ -491,6 +501,11 @@ def write_pictures(folder: Path, detector: GaussianAD, names: list[str], images:
         with atomic_path(files[i]) as part:
             captioned(detector, names[i], image, scored, i, masks[i]).save(part, "PNG")
     return files
+
+
+def picture_names(names: list[str]) -> list[str]:
+    """Numbered, as two images may have one name, and cut, as a file's name is 255 bytes at most."""
+    return [f"{i:04d}_{name[:50]}" for i, name in enumerate(names)]
 
 
 def captioned(detector: GaussianAD, name: str, image: Tensor, scored: Scored, i: int,
@@ -566,6 +581,7 @@ def write_report(path: Path, category: str, metrics: dict, checks: list[dict], l
                 for defect, value in metrics["image_auroc_per_defect"].items()]
     training = [[check["step"], "-" if check["loss"] is None else f"{check['loss']:.2f}",
                  *(percent(value) for value in check["auroc"].values()),
+                 f"{100 * check['auroc_gain']:+.2f} ± {100 * check['auroc_standard_error']:.2f}",
                  f"{100 * check['gain']:+.2f} ± {100 * check['standard_error']:.2f}"]
                 for check in checks]
     names = list(checks[0]["auroc"]) if checks else []
@@ -578,8 +594,8 @@ def write_report(path: Path, category: str, metrics: dict, checks: list[dict], l
         "<h2>ROC curve</h2><p>Anomalous images told as such, over normal ones told so; by the "
         "map's maximum (solid) and by the score (dashed). The dot is the threshold.</p>",
         roc_curve(scored, labels, metrics),
-        f"<h2>Training</h2><p>Best step: {metrics['best_step']}. AUROC and gain in %.</p>",
-        html_table(["step", "loss", *names, "gain"], training),
+        f"<h2>Training</h2><p>Best step: {metrics['best_step']}. AUROCs and gains in %.</p>",
+        html_table(["step", "loss", *names, "gain of AUROC", "of J"], training),
     ]
     for title, images in pictures.items():
         parts += [f"<h2>{title}</h2>", *map(inline, images)] if images else []

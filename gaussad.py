@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -75,7 +76,12 @@ class Sample:
 
 
 def list_categories(root: str | Path) -> list[str]:
-    """The names of the folders in `root` that have a train or a test folder, sorted."""
+    """The names of the folders in `root` that have a train or a test folder, sorted.
+
+    Raises ValueError where `root` is no folder.
+    """
+    if not Path(root).is_dir():
+        raise ValueError(f"no data set at {root}: there is no such folder")
     folders = [path for split in ("train", "test") for path in Path(root).glob(f"*/{split}")]
     return sorted({path.parent.name for path in folders if path.is_dir()})
 
@@ -87,8 +93,6 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
     where that file exists. Raises ValueError where the folders are missing or hold no image.
     """
     root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"no data set at {root}: there is no such folder")
     folder = root / category / split
     if category not in (categories := list_categories(root)):
         names = ", ".join(categories) or "none (a category is a folder with train/good in it)"
@@ -122,7 +126,7 @@ def list_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    files = sorted(folder.iterdir())
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     return [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]
 
 
@@ -131,17 +135,25 @@ def _mask_of(category: Path, defect: str, stem: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def split_normal(samples: Sequence, seed: int, held_out: float = 0.2) -> tuple[list, list]:
-    """Shuffle normal samples by `seed` and split them into (fit, held-out).
+def split_normal(samples: Sequence, seed: int, few: int = 40) -> list[tuple[list, list]]:
+    """Shuffle normal samples by `seed` and hold out a fifth of them: [(fit, held-out)].
 
-    Three at least are to fit, which a Gaussian needs, and two are held out, which mixing needs.
-    Raises ValueError for fewer than five. The split is our choice; the paper names none we know.
+    Of `few` samples a fifth says little. Where there are fewer, cross-fitting: five such splits
+    (of less than ten samples, as many as hold out two each), which hold out each sample once.
+    Three at least are then to fit, which a Gaussian needs, and two held out, which mixing needs.
+    Raises ValueError for fewer than six. The splits are our choice; the paper names none we know.
     """
-    if len(samples) < 5:
-        raise ValueError(f"{len(samples)} normal images are too few: 5 are needed at the least")
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    n = max(2, round(held_out * len(samples)))
-    return [samples[i] for i in order[n:]], [samples[i] for i in order[:n]]
+    n = len(samples)
+    if n < 6:
+        raise ValueError(f"{n} normal images are too few: 6 are needed at the least")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = np.array_split(order, min(5, n // 2))
+
+    def split(k: int) -> tuple[list, list]:
+        fit = np.concatenate(parts[:k] + parts[k + 1 :])
+        return [samples[i] for i in fit], [samples[i] for i in parts[k]]
+
+    return [split(k) for k in range(len(parts) if n < few else 1)]
 
 
 def load_image(path: str | Path, size: int) -> Tensor:
@@ -333,7 +345,11 @@ class FeatureExtractor(nn.Module):
 
         images      (B, 3, H, W) RGB, uint8 in 0..255 or float in [0, 1] (torchvision's convention).
                     They are normalised here, as the backbone was trained.
+
+        Raises ValueError for another dtype, whose range is not known.
         """
+        if not images.is_floating_point() and images.dtype != torch.uint8:
+            raise ValueError(f"images are uint8, or floating-point in [0, 1], not {images.dtype}")
         x = (F.to_dtype(images, self.mean.dtype, scale=True) - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
         maps = []
@@ -529,7 +545,7 @@ class Moments:
             covariance = (b²/d²) m I + (1 - b²/d²) S
 
         Constant features get the variance (b²/d²) m; where all are constant, the covariance and
-        the shrinkage are 0, and of two samples the shrinkage is. Raises ValueError for one.
+        the shrinkage are 0 up to rounding, and of two samples the shrinkage is. Raises ValueError for one.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs two samples at least, not {self.count}")
@@ -735,7 +751,23 @@ class GaussianAD(nn.Module):
         return total.squeeze(1)
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor], quantile: float = 0.99) -> GaussianAD:
+    def held_out_scores(self, batches: Iterable[Tensor]) -> Tensor:
+        """What `calibrate` needs of held-out normal images, (N, 3) float64 on their device: the
+        score, the maximum of the map, and the 99 % quantile of its pixels.
+
+        Raises ValueError before fit, or where there is no image.
+        """
+        found = []
+        for images in batches:
+            scores, maps = self.scores_and_maps(images)
+            values = maps.flatten(1).sort()[0].double()
+            usual = values[:, int(0.99 * values.shape[1])]
+            found.append(torch.stack([scores, values[:, -1], usual], 1))
+        if not found:
+            raise ValueError("no normal images to calibrate by")
+        return torch.cat(found)
+
+    def calibrate(self, held_out_scores: Tensor, quantile: float = 0.99) -> GaussianAD:
         """Learn from held-out normal images what is usual. Returns self.
 
         threshold       () what a share `quantile` of normal images score below (`tail_quantile`)
@@ -743,18 +775,11 @@ class GaussianAD(nn.Module):
         map_usual       () the median over images of the 99 % quantile of the map's pixels: with
                         map_threshold, a scale of colours that is the same for all images
 
-        An image above a threshold is told anomalous. Raises ValueError before fit, or where there
-        is no image.
+        The scores (N, 3) are those of `held_out_scores`: of this detector, or of several put
+        together, each fitted to other images and scoring the rest. An image above a threshold is
+        told anomalous. Raises ValueError as `tail_quantile`.
         """
-        found = []
-        for images in batches:
-            scores, maps = self.scores_and_maps(images)
-            values = maps.flatten(1).sort()[0].double()
-            usual = values[:, int(0.99 * values.shape[1])]
-            found.append(torch.stack([scores, values[:, -1], usual]))
-        if not found:
-            raise ValueError("no normal images to calibrate by")
-        scores, maxima, usual = torch.cat(found, 1)
+        scores, maxima, usual = held_out_scores.unbind(1)
         self._set_calibration(
             tail_quantile(scores, quantile), tail_quantile(maxima, quantile), usual.median().item()
         )
@@ -803,7 +828,7 @@ class GaussianAD(nn.Module):
                     mean, whitening = state[f"{name}.{i}.mean"], state[f"{name}.{i}.whitening"]
                     getattr(detector, name).append(Gaussian(mean, whitening))
             detector.load_state_dict(state, assign=True)
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is not a detector saved by this gaussad.py") from error
         return detector
 
@@ -891,6 +916,7 @@ def _boxes(images: Tensor) -> Tensor:
 
 
 AUGMENTATIONS = {"mixup": mixup, "cutout": cutout, "cutmix": cutmix, "augmix": augmix}
+VERSIONS = 128  # augmented images of each kind; a few times the usual number of held-out ones
 
 
 @dataclass(frozen=True)
@@ -898,15 +924,38 @@ class Validation:
     """What the validator finds at one moment of fine-tuning."""
 
     auroc: dict[str, float]  # held-out normal images against each augmentation, by name
+    components: Tensor  # (N,) of each held-out image; their mean is the mean AUROC
     separation: Tensor  # (N,) of each held-out image
 
-    def gain_over(self, other: Validation) -> tuple[float, float]:
-        """The mean gain of the separation over another moment's, and its standard error.
+    @classmethod
+    def pooled(cls, folds: Sequence[Validation]) -> Validation:
+        """Of several validators, each of other held-out images. The AUROCs are means over folds,
+        as scores of different detectors are not compared."""
+        return cls(
+            {name: fmean(fold.auroc[name] for fold in folds) for name in folds[0].auroc},
+            torch.cat([fold.components for fold in folds]),
+            torch.cat([fold.separation for fold in folds]),
+        )
 
-        Paired: both moments saw the same images, and most of the spread between images cancels.
-        """
-        gain = self.separation - other.separation
-        return gain.mean().item(), (gain.std() / math.sqrt(len(gain))).item()
+    def gain_over(self, other: Validation) -> tuple[float, float]:
+        """The mean gain of the separation over another moment's, and its standard error."""
+        return _paired(self.separation - other.separation)
+
+    def auroc_gain_over(self, other: Validation) -> tuple[float, float]:
+        """The gain of the mean AUROC over another moment's, and its standard error."""
+        return _paired(self.components - other.components)
+
+    def is_better_than(self, other: Validation, errors: float = 2.0) -> bool:
+        """Whether the separation has gained, and the AUROC not lost, more than so many standard
+        errors."""
+        (gain, error), (change, noise) = self.gain_over(other), self.auroc_gain_over(other)
+        return gain > errors * error and change >= -errors * noise
+
+
+def _paired(differences: Tensor) -> tuple[float, float]:
+    """Their mean and its standard error: of the same images at two moments, so that most of the
+    spread between images cancels."""
+    return differences.mean().item(), (differences.std() / math.sqrt(len(differences))).item()
 
 
 class AugmentationValidator:
@@ -923,15 +972,23 @@ class AugmentationValidator:
     rises by either gain and falls by either loss, by its own amount of each. It is for scores of a
     Gaussian that is refitted each time, which keeps the scale of d in place.
 
-    The paper's measure, the AUROC between the two, is found as well. It saturates, is noisy on few
-    images, and does not see the held-out ones drift away. J is paired, image by image, so that its
-    changes are many times their standard error. Hence J decides (our choice).
+    The paper's measure, the AUROC between the two, saturates and is noisy on few images: gains
+    that J sees by many standard errors it misses. But J may rise by held-out images that come
+    nearer while augmented ones follow them; the AUROC then falls. So J tells a gain, and a falling
+    AUROC forbids it (our choice). With P the share of pairs, ties as half, and x̃_i the versions
+    of x_i,
+
+        c_i = P(d(x̃) > d(x_i)) + P(d(x̃_i) > d(x)) - AUROC,    mean over i of c_i = AUROC
+
+    are the AUROC's structural components (DeLong et al. 1988), for an image and its versions
+    together (Obuchowski 1997), averaged over the augmentations. Of J and c, the spread over i of
+    what they gain between two moments gives the standard error of their mean gain.
 
     The augmented images are drawn once, from `seed`, so that every call judges by the same ones.
 
     images          (N, 3, S, S) uint8 on the CPU, N >= 2, normal, not used for fitting
-    draws           augmented versions of each image; by default such that there are 128 or more.
-                    All are kept in memory: draws x N images for each augmentation
+    versions        augmented images of each augmentation, in all, at least: as many of each image.
+                    They are kept in memory
 
     Raises ValueError for fewer than two images.
     """
@@ -940,13 +997,13 @@ class AugmentationValidator:
         self,
         images: Tensor,
         seed: int = 0,
-        draws: int | None = None,
+        versions: int = VERSIONS,
         augmentations: dict[str, Callable[[Tensor], Tensor]] = AUGMENTATIONS,
     ) -> None:
         if len(images) < 2:
             raise ValueError(f"{len(images)} held-out image(s): mixing needs two at the least")
         self.normal = images
-        draws = draws or math.ceil(128 / len(images))
+        draws = math.ceil(versions / len(images))
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on undisturbed
             torch.default_generator.manual_seed(seed)
             self.augmented = {
@@ -965,13 +1022,17 @@ class AugmentationValidator:
         def scores(images: Tensor) -> Tensor:
             return torch.cat([score(batch) for batch in images.split(batch_size)])
 
-        normal, aurocs, logs = scores(self.normal), {}, []
+        normal, aurocs, components, logs = scores(self.normal), {}, [], []
         for name, images in self.augmented.items():
             augmented = scores(images)
             both = torch.cat([normal, augmented])
             aurocs[name] = auroc(both, torch.arange(len(both)) >= len(normal))
+            above = 1 - _share_below(normal, augmented)  # (N,)
+            versions = _share_below(augmented, normal).view(-1, len(normal)).mean(0)  # (N,)
+            components.append(above + versions - aurocs[name])
             logs.append(augmented.view(-1, len(normal)).log().mean(0))  # (draws, N) to (N,)
-        return Validation(aurocs, torch.stack(logs).mean(0) - 2 * normal.log())
+        separation = torch.stack(logs).mean(0) - 2 * normal.log()
+        return Validation(aurocs, torch.stack(components).mean(0), separation)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -996,10 +1057,20 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     n_normal = len(labels) - n_anomalous
     if not n_anomalous or not n_normal:
         raise ValueError(f"AUROC needs both classes: {n_normal} normal, {n_anomalous} anomalous")
-    anomalous, normal = scores[labels == 1], scores[labels == 0].sort()[0]
-    below, not_above = (torch.searchsorted(normal, anomalous, right=side).sum()
-                        for side in (False, True))
-    return int(below + not_above) / (2 * n_anomalous * n_normal)
+    pairs = _twice_below(scores[labels == 1], scores[labels == 0]).sum()
+    return int(pairs) / (2 * n_anomalous * n_normal)
+
+
+def _twice_below(scores: Tensor, others: Tensor) -> Tensor:
+    """Twice the number of `others` (M,) below each score (N,), those equal counted half: int64."""
+    others = others.sort()[0]
+    below, not_above = (torch.searchsorted(others, scores, right=right) for right in (False, True))
+    return below + not_above
+
+
+def _share_below(scores: Tensor, others: Tensor) -> Tensor:
+    """Of `others` (M,), the share below each score (N,), those equal counted half; float64."""
+    return _twice_below(scores, others).double() / (2 * len(others))
 
 
 def aupro(maps: Tensor, masks: Tensor, fpr_limit: float = 0.3) -> float:

@@ -510,16 +510,19 @@ def test_calibration_is_of_the_images_given_and_outlasts_a_fit(fitted):
     detector = GaussianAD(fitted[0].extractor).fit([images])
     assert detector.threshold.isnan() and detector.map_threshold.isnan()
     held_out = torch.rand(12, 3, 64, 64)
-    detector.calibrate(held_out.split(5))
+    found = detector.held_out_scores(held_out.split(5))
+    detector.calibrate(found)
     scores, maps = detector.scores_and_maps(held_out)
     assert detector.threshold > scores.max() and detector.map_threshold > maps.max()
     assert detector.threshold == gaussad.tail_quantile(scores, 0.99)
     usual = np.sort(maps.flatten(1).numpy())[:, int(0.99 * 64 * 64)]
     assert np.sort(usual)[5] == detector.map_usual
+    for column, expected in zip(found.T, (scores, maps.amax((1, 2)), usual), strict=True):
+        assert np.allclose(column, expected, rtol=1e-6, atol=0)
     threshold = detector.threshold.item()
     assert detector.fit([images, held_out]).threshold == threshold
     with pytest.raises(ValueError, match="no normal images"):
-        detector.calibrate([])
+        detector.held_out_scores([])
 
 
 @pytest.mark.parametrize("n, tolerance", [(6, 0.007), (30, 0.005), (64, 0.004), (2000, 0.002)])
@@ -561,7 +564,7 @@ def test_ten_times_the_images_take_no_more_memory_to_fit(batches):
 
 def test_saved_detector_is_the_same_to_the_bit_and_needs_no_download(fitted, tmp_path):
     detector, images = fitted
-    detector.calibrate([images]).save(tmp_path / "detector.pt")
+    detector.calibrate(detector.held_out_scores([images])).save(tmp_path / "detector.pt")
     generator_state = torch.random.get_rng_state()
     loaded = GaussianAD.load(tmp_path / "detector.pt")
     assert torch.equal(torch.random.get_rng_state(), generator_state)
@@ -684,8 +687,8 @@ def test_cutout_and_cutmix_change_one_square_of_the_stated_area(photos):
 def test_validator_draws_once_from_its_seed_and_leaves_the_generator_alone():
     images = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
     before = torch.random.get_rng_state()
-    one, same, other = (gaussad.AugmentationValidator(images, seed, draws=2) for seed in (1, 1, 2))
-    assert len(gaussad.AugmentationValidator(images).augmented["mixup"]) == 132  # 22 draws
+    one, same, other = (gaussad.AugmentationValidator(images, s, versions=11) for s in (1, 1, 2))
+    assert len(gaussad.AugmentationValidator(images).augmented["mixup"]) == 132  # 22 of each
     assert torch.equal(torch.random.get_rng_state(), before)
     assert list(one.augmented) == ["mixup", "cutout", "cutmix", "augmix"]
     for name, augmented in one.augmented.items():
@@ -700,7 +703,7 @@ def test_validator_draws_once_from_its_seed_and_leaves_the_generator_alone():
 def test_validator_is_auroc_and_separation_of_normal_against_augmented():
     metrics = pytest.importorskip("sklearn.metrics")
     images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
-    validator = gaussad.AugmentationValidator(images, draws=3)
+    validator = gaussad.AugmentationValidator(images, versions=60)
     score = lambda batch: batch.double().std((1, 2, 3))
     found = validator(score, batch_size=7)
     expected = torch.zeros(20, dtype=torch.float64)
@@ -712,15 +715,61 @@ def test_validator_is_auroc_and_separation_of_normal_against_augmented():
             expected[i % 20] += np.log(image) / 12
     expected -= 2 * score(images).log()
     assert relative(found.separation, expected) < 1e-12
+    mean = np.mean(list(found.auroc.values()))
+    assert found.components.mean().item() == pytest.approx(mean, abs=1e-12)
+
+
+def test_components_are_those_of_the_auroc_by_leaving_images_out():
+    """DeLong's standard error is the infinitesimal jackknife's: nearly that of leaving out, one
+    at a time, an image with all its versions."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    images = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8)
+    validator = gaussad.AugmentationValidator(
+        images, versions=180, augmentations={"mixup": gaussad.mixup}
+    )
+    score = lambda batch: batch.double().mean((1, 2, 3)).round(decimals=1)  # with ties
+    found = validator(score)
+    normal, augmented = score(images).numpy(), score(validator.augmented["mixup"]).numpy()
+    left = []
+    for i in range(60):
+        a, b = np.delete(normal, i), np.delete(augmented.reshape(3, 60), i, 1).ravel()
+        left.append(metrics.roc_auc_score([0] * 59 + [1] * 177, np.r_[a, b]))
+    jackknife = np.sqrt(59 * np.var(left))
+    error = found.components.std().item() / 60**0.5
+    assert error == pytest.approx(jackknife, rel=0.05)
 
 
 def test_gain_is_paired():
     before = torch.tensor(random_samples(30, 1, offset=9.0))[:, 0]
     change = 0.1 + 0.01 * torch.tensor(random_samples(30, 1, seed=1))[:, 0]
-    one, two = gaussad.Validation({}, before), gaussad.Validation({}, before + change)
+    one = gaussad.Validation({}, -before, before)
+    two = gaussad.Validation({}, -before - change, before + change)
     gain, error = two.gain_over(one)
     assert gain == pytest.approx(change.mean().item())
     assert error == pytest.approx(np.std(change.numpy(), ddof=1) / 30**0.5)
+    assert two.auroc_gain_over(one) == pytest.approx((-gain, error))
+
+
+@pytest.mark.parametrize(
+    "gain, auroc_gain, better", [(3, 0, True), (1, 3, False), (3, -1, True), (3, -3, False)]
+)
+def test_better_is_a_gain_beyond_noise_and_no_fall_of_the_auroc(gain, auroc_gain, better):
+    noise = torch.tensor(random_samples(30, 2)).T
+    noise = (noise - noise.mean(1, keepdim=True)) / noise.std(1, keepdim=True) * 30**0.5
+    zero = torch.zeros(30, dtype=torch.float64)
+    before = gaussad.Validation({}, zero, zero)
+    after = gaussad.Validation({}, auroc_gain + noise[0], gain + noise[1])  # standard errors of 1
+    assert after.is_better_than(before) == better
+    assert not before.is_better_than(before)
+
+
+def test_folds_are_pooled():
+    folds = [gaussad.Validation({"mixup": value}, torch.full((n,), value), torch.arange(n) * value)
+             for n, value in ((2, 0.5), (3, 0.7))]  # fmt: skip
+    pooled = gaussad.Validation.pooled(folds)
+    assert pooled.auroc == {"mixup": pytest.approx(0.6)}
+    assert pooled.components.tolist() == pytest.approx([0.5, 0.5, 0.7, 0.7, 0.7])
+    assert pooled.separation.tolist() == pytest.approx([0, 0.5, 0, 0.7, 1.4])
 
 
 def test_separation_falls_when_normal_images_drift_and_when_augmented_ones_fall_together():
@@ -787,13 +836,22 @@ def test_samples_of_the_layout(demo):
 
 def test_split_is_drawn_by_its_seed_and_loses_nothing():
     samples = list(range(320))
-    fit, held_out = gaussad.split_normal(samples, seed=0)
+    [(fit, held_out)] = gaussad.split_normal(samples, seed=0)
     assert len(fit) == 256 and sorted(fit + held_out) == samples
-    assert gaussad.split_normal(samples, seed=0) == (fit, held_out)
-    assert gaussad.split_normal(samples, seed=1) != (fit, held_out)
-    assert [len(part) for part in gaussad.split_normal(range(5), 0)] == [3, 2]
+    assert gaussad.split_normal(samples, seed=0) == [(fit, held_out)]
+    assert gaussad.split_normal(samples, seed=1) != [(fit, held_out)]
     with pytest.raises(ValueError, match="too few"):
-        gaussad.split_normal(range(4), 0)
+        gaussad.split_normal(range(5), 0)
+
+
+@pytest.mark.parametrize("n, folds", [(6, 3), (7, 3), (9, 4), (10, 5), (39, 5), (40, 1)])
+def test_few_images_are_each_held_out_once(n, folds):
+    splits = gaussad.split_normal(range(n), seed=0)
+    assert len(splits) == folds
+    for fit, held_out in splits:
+        assert sorted(fit + held_out) == list(range(n)) and len(fit) >= 3 and len(held_out) >= 2
+    if folds > 1:
+        assert sorted(i for _, held_out in splits for i in held_out) == list(range(n))
 
 
 def test_batches_hold_every_image_once_and_in_order(demo):
@@ -864,13 +922,14 @@ def test_train_writes_the_history_and_the_best_detector(trained):
 def test_saved_detector_is_the_one_the_validator_saw_with_gaussians_of_all_images(trained, demo):
     folder, _ = trained
     history = json.loads((folder / "history.json").read_text())
-    parts = gaussad.split_normal(gaussad.list_samples(demo, "demo", "train"), 0)
+    [parts] = gaussad.split_normal(gaussad.list_samples(demo, "demo", "train"), 0)
     load = lambda part: torch.stack([gaussad.load_image(sample.path, 64) for sample in part])
     fit, held_out = map(load, parts)
     saved = GaussianAD.load(folder / "detector.pt")
     again = GaussianAD.load(folder / "detector.pt").fit([*fit.split(16), *held_out.split(16)])
     assert torch.equal(saved(held_out), again(held_out))
-    again.fit(fit.split(16)).calibrate(held_out.split(16))
+    again.fit(fit.split(16))
+    again.calibrate(again.held_out_scores(held_out.split(16)))
     assert again.threshold == saved.threshold and again.map_threshold == saved.map_threshold
     found = gaussad.AugmentationValidator(held_out, 0)(again, 16)
     chosen = next(r for r in history["checks"] if r["step"] == history["best_step"])
@@ -948,12 +1007,14 @@ def test_pictures_of_every_image_on_one_scale(trained, demo, cli):
                               "--pictures")  # fmt: skip
     assert code == 0 and "Pictures are in" in output, error
     names = {path.name for path in (folder / "pictures").iterdir()}
-    assert len(names - {"misses.png", "false_alarms.png"}) == 40 and "good_003.png" in names
+    assert len(names - {"misses.png", "false_alarms.png"}) == 40 and "0003_good_003.png" in names
     rows = csv.DictReader((folder / "scores.csv").open(newline=""))
-    rows = [(float(row["map_maximum"]), row["defect"], row["path"]) for row in rows]
-    _, defect, sample = max(row for row in rows if row[1] != "good")
+    rows = [(float(row["map_maximum"]), i, row["defect"], row["path"])
+            for i, row in enumerate(rows)]  # fmt: skip
+    _, i, defect, sample = max(row for row in rows if row[2] != "good")
     sample = Path(sample)
-    picture = np.asarray(Image.open(folder / f"pictures/{defect}_{sample.name}")).astype(int)
+    picture = Image.open(folder / f"pictures/{i:04d}_{defect}_{sample.name}")
+    picture = np.asarray(picture).astype(int)
     height = picture.shape[0] - 64
     plain, painted = picture[height:, :64], picture[height:, 64:]
     assert (plain == gaussad.load_image(sample, 64).permute(1, 2, 0).numpy()).all()
@@ -1047,13 +1108,15 @@ def test_several_categories_one_of_which_fails(two, cli, tmp_path):
     code, output, error = cli("evaluate.py", *given)
     assert code == 2 and re.search("^evaluate.py: error: broken: no detector.pt", error)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results) == ["disc", "plate", "mean", "standard_error"]
+    categories = results["categories"]
+    assert list(categories) == ["disc", "plate"]
     metrics = json.loads((tmp_path / "plate/metrics.json").read_text())
     expected = metrics["image_auroc"]
-    assert results["plate"]["image_auroc"] == expected == results["mean"]["image_auroc"]
+    assert categories["plate"]["image_auroc"] == expected == results["mean"]["image_auroc"]
     assert results["standard_error"]["image_auroc"] == 0  # twice the same data
     rows = list(csv.reader((tmp_path / "results.csv").open(newline="")))
-    assert [row[0] for row in rows] == ["category", *results] and float(rows[1][1]) >= 0
+    names = ["category", "disc", "plate", "mean", "standard_error"]
+    assert [row[0] for row in rows] == names and float(rows[1][1]) >= 0
     assert re.search("(?m)^mean .*\n^standard_error", output)
 
     code, output, _ = cli("train.py", *frozen[:2], "--category", "disc", "plate", *frozen[4:])
@@ -1615,7 +1678,7 @@ real = pytest.mark.skipif(
 @real
 def test_frozen_mobilenet_on_screw_agrees_with_an_independent_program():
     data, weights = os.environ["GAUSSAD_DATA"], os.environ["GAUSSAD_WEIGHTS"]
-    fit, _ = gaussad.split_normal(gaussad.list_samples(data, "screw", "train"), 0)
+    [(fit, _)] = gaussad.split_normal(gaussad.list_samples(data, "screw", "train"), 0)
     test = gaussad.list_samples(data, "screw", "test")
     levels = [2, 4, 7, 11, 14, 17, 18, 19]  # what the independent program had
     detector = GaussianAD(FeatureExtractor("mobilenet_v2", levels, weights), [14])

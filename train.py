@@ -20,9 +20,12 @@ import os
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -31,6 +34,7 @@ from evaluate import (
     Parser,
     add_common_options,
     for_each,
+    make_folder,
     number,
     pick_device,
     progress,
@@ -42,6 +46,7 @@ from evaluate import (
 from gaussad import (
     AUGMENTATIONS,
     COVARIANCES,
+    VERSIONS,
     AugmentationValidator,
     DegenerateError,
     FeatureExtractor,
@@ -58,7 +63,6 @@ from gaussad import (
 
 FIRST_CHECK = 32  # steps: the first few throw the features off, and what is judged then misleads
 ELSEWHERE = {"device", "workers", "resume", "force", "demo"}  # options that change no result
-NOISE = 2.0  # standard errors that a gain must exceed
 DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "steps": 32, "category": ["demo"]}
 
 
@@ -137,22 +141,6 @@ def parse(argv: list[str] | None) -> Namespace:
     return args
 
 
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose one by --out")
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"cannot write to the folder {path}; choose another by --out")
-
-
-def make_validator(paths: list[Path], args: Namespace) -> AugmentationValidator:
-    held_out = Images(paths, args.image_size, args.workers)
-    return AugmentationValidator(
-        torch.cat(list(held_out.batches(args.batch_size))), args.seed,
-        augmentations={name: AUGMENTATIONS[name] for name in args.augmentations})
-
-
 def make_extractor(args: Namespace) -> FeatureExtractor:
     torch.manual_seed(args.seed)  # for random weights
     try:
@@ -164,11 +152,35 @@ def make_extractor(args: Namespace) -> FeatureExtractor:
         return FeatureExtractor(args.backbone, args.levels, "random")
 
 
+@dataclass(frozen=True)
+class Fold:
+    """A detector, the normal images it is fitted to, and a validator with those held out."""
+
+    detector: GaussianAD
+    images: Images
+    validator: AugmentationValidator
+
+
+def make_folds(paths: list[Path], args: Namespace, device: torch.device) -> list[Fold]:
+    splits = split_normal(paths, args.seed)
+    detector = GaussianAD(make_extractor(args), args.map_levels, args.covariance).to(device)
+    augmentations = {name: AUGMENTATIONS[name] for name in args.augmentations}
+    folds = []
+    for fit, held_out in splits:
+        normal = Images(held_out, args.image_size, args.workers).batches(args.batch_size)
+        validator = AugmentationValidator(torch.cat(list(normal)), args.seed,
+                                          VERSIONS // len(splits), augmentations)
+        images = Images(fit, args.image_size, args.workers)
+        folds.append(Fold(deepcopy(detector), images, validator))
+    return folds
+
+
 def train(args: Namespace, device: torch.device) -> None:
     """Fine-tune and keep the check the validator likes best; the first is the frozen network.
 
-    A later one must be better by more than NOISE standard errors. The best detector is on disk as
-    soon as it is known, its Gaussians fitted to all images.
+    The best detector is on disk as soon as it is known, its Gaussians fitted to all images. Few
+    images are cross-fitted: a detector for each fold is trained, all are judged together, and the
+    first is kept.
     """
     settings = {key: str(value) if isinstance(value, Path) else value
                 for key, value in vars(args).items() if key not in ELSEWHERE}
@@ -183,18 +195,17 @@ def train(args: Namespace, device: torch.device) -> None:
     if finished and past["settings"] == settings and not args.force:
         print(f"{args.out} is finished; --force trains it anew")
         return
-    fit, held_out = split_normal(paths, args.seed)
-    detector = GaussianAD(make_extractor(args), args.map_levels, args.covariance).to(device)
+    folds = make_folds(paths, args, device)
     make_folder(args.out)
     state = read_checkpoint(args.out / "checkpoint.pt", settings) if args.resume else None
-    images = Images(fit, args.image_size, args.workers)
-    validator = make_validator(held_out, args)
+    detector, held_out = folds[0].detector, [len(fold.validator.normal) for fold in folds]
     history = {"settings": settings, "levels": detector.extractor.levels,
                "map_levels": detector.map_levels, "finished": False}
-    print(f"{args.out}: {len(fit)} images to fit, {len(held_out)} held out")
-    print(heading(validator))
+    print(f"{args.out}: {len(paths) - held_out[0]} images to fit, {held_out[0]} held out" +
+          f", in turn all: {len(folds)} folds" * (len(folds) > 1))
+    print(heading(args.augmentations))
     try:
-        select(detector, images, validator, args, device, state, history)
+        select(folds, args, device, state, history)
     except KeyboardInterrupt:
         print(f"Interrupted: the same command with --resume goes on from the last check in "
               f"{args.out}")
@@ -221,35 +232,35 @@ def read_checkpoint(path: Path, settings: dict) -> dict | None:
     return state
 
 
-def select(detector: GaussianAD, images: Images, validator: AugmentationValidator, args: Namespace,
-           device: torch.device, state: dict | None, history: dict) -> None:
+def select(folds: list[Fold], args: Namespace, device: torch.device, state: dict | None,
+           history: dict) -> None:
     """Judge each check, and save the detector if it is the best, the history and a checkpoint."""
-    state = state or {"settings": history["settings"], "checks": [], "since": 0}
-    best, checks = Validation({}, state.get("best")), state["checks"]
-    for record, found, training in fine_tune(detector, images, validator, args, device, state):
-        frozen = state.setdefault("frozen", found.separation)
-        record["gain"], record["standard_error"] = found.gain_over(Validation({}, frozen))
-        if better := not checks or is_gain(*found.gain_over(best)):
-            best, state["best"], state["best_step"] = found, found.separation, record["step"]
-            fit_to_all(detector, images, validator.normal, args, device)
-            save(detector, args.out, new=not checks)
-        checks.append(record)
-        print(line(record) + ("  best so far" if better else ""), flush=True)
+    state = state or {"settings": history["settings"], "checks": [], "since": 0,
+                      "training": [{} for _ in folds]}
+    checks = state["checks"]
+    trainings = [fine_tune(fold, args, device, past, len(checks))
+                 for fold, past in zip(folds, state["training"])]
+    for at_check in zip(*trainings):
+        records, found, state["training"] = zip(*at_check)
+        found = Validation.pooled(found)
+        frozen = Validation(**state.setdefault("frozen", vars(found)))
+        if better := not checks or found.is_better_than(Validation(**state["best"])):
+            state["best"], state["best_step"] = vars(found), records[0]["step"]
+            fit_to_all(folds, args, device)
+            save(folds[0].detector, args.out, new=not checks)
+        checks.append(summary(records, found, frozen))
+        print(line(checks[-1]) + ("  best so far" if better else ""), flush=True)
         state["since"] = 0 if better else state["since"] + 1
         history |= {"checks": checks, "best_step": state["best_step"],
-                    "finished": state["since"] >= args.patience or record["step"] == args.steps}
+                    "finished": state["since"] >= args.patience or checks[-1]["step"] == args.steps}
         write_json(args.out / "history.json", history)
         if history["finished"]:
             break
-        save_plain(state | training | {"step": record["step"]}, args.out / "checkpoint.pt")
+        save_plain(state, args.out / "checkpoint.pt")
     history |= {"checks": checks, "best_step": state["best_step"], "finished": True}
     write_json(args.out / "history.json", history)  # once more, where training diverged
     for name in ("checkpoint.pt", "detector.new"):  # the latter of a kill while it was saved
         (args.out / name).unlink(missing_ok=True)
-
-
-def is_gain(gain: float, standard_error: float) -> bool:
-    return gain > NOISE * standard_error
 
 
 def save(detector: GaussianAD, out: Path, new: bool) -> None:
@@ -267,27 +278,28 @@ def save(detector: GaussianAD, out: Path, new: bool) -> None:
     os.replace(out / "detector.new", out / "detector.pt")
 
 
-def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValidator,
-              args: Namespace, device: torch.device, state: dict
+def fine_tune(fold: Fold, args: Namespace, device: torch.device, past: dict, checks: int
               ) -> Iterator[tuple[dict, Validation, dict]]:
     """Yield a record and the validation of each check, the detector refitted and judged by then,
-    and what is needed to go on from there; the checks in `state` are over already.
+    and what is needed to go on from there, as `past`; so many checks are over already.
 
     Training pulls the features to the Gaussian of the pre-trained network, which stays fixed;
     what is judged has the Gaussian of the features as they are now.
     """
+    detector, images = fold.detector, fold.images
+
     def fit() -> GaussianAD:
         batches = progress(images.batches(args.batch_size), len(images), "fitting")
         return detector.fit(batch.to(device) for batch in batches)
 
-    start, step, pretrained = time.perf_counter(), state.get("step", 0), fit().gaussians
+    start, step, pretrained = time.perf_counter(), past.get("step", 0), fit().gaussians
     optimizer = torch.optim.Adam(detector.parameters(), lr=args.lr)
-    if "network" in state:
-        detector.extractor.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+    if past:
+        detector.extractor.load_state_dict(past["network"])
+        optimizer.load_state_dict(past["optimizer"])
     stream = endless(images, args.batch_size, torch.Generator().manual_seed(args.seed))
     stream = islice(stream, step, None)  # what was trained on already is drawn again and dropped
-    for check in islice(check_steps(args.steps), len(state["checks"]), None):
+    for check in islice(check_steps(args.steps), checks, None):
         detector.gaussians = pretrained
         todo = progress(islice(stream, check - step), (check - step) * args.batch_size,
                         f"training to step {check}")
@@ -295,18 +307,28 @@ def fine_tune(detector: GaussianAD, images: Images, validator: AugmentationValid
             losses = [train_step(detector, optimizer, batch.to(device)) for batch in todo]
             if check:
                 fit()
-            found = validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
+            found = fold.validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
         except DegenerateError as error:
             if check == 0:
                 raise
             print(f"step {check}: training diverged and stops ({error}); try a smaller --lr")
             return
-        loss, step = sum(losses) / len(losses) if losses else None, check
-        record = {"step": check, "loss": loss, "seconds": time.perf_counter() - start,
-                  "auroc": found.auroc}
-        yield record, found, {"network": detector.extractor.state_dict(),
+        step = check
+        record = {"step": check, "loss": fmean(losses) if losses else None,
+                  "seconds": time.perf_counter() - start}
+        yield record, found, {"step": check, "network": detector.extractor.state_dict(),
                               "optimizer": optimizer.state_dict()}
         start = time.perf_counter()
+
+
+def summary(records: Sequence[dict], found: Validation, frozen: Validation) -> dict:
+    """The record of a check of all folds: seconds of all, the mean loss, gains over frozen."""
+    losses = [record["loss"] for record in records if record["loss"] is not None]
+    (gain, error), (auroc_gain, auroc_error) = found.gain_over(frozen), found.auroc_gain_over(frozen)
+    return {"step": records[0]["step"], "loss": fmean(losses) if losses else None,
+            "seconds": sum(record["seconds"] for record in records), "auroc": found.auroc,
+            "auroc_gain": auroc_gain, "auroc_standard_error": auroc_error,
+            "gain": gain, "standard_error": error}
 
 
 def check_steps(last: int) -> Iterator[int]:
@@ -336,29 +358,37 @@ def train_step(detector: GaussianAD, optimizer: torch.optim.Optimizer,
     return loss.item()
 
 
-def fit_to_all(detector: GaussianAD, images: Images, held_out: torch.Tensor, args: Namespace,
-               device: torch.device) -> None:
-    """Take the thresholds from the held-out images, then fit to those as well.
+def fit_to_all(folds: list[Fold], args: Namespace, device: torch.device) -> None:
+    """Take the thresholds from the held-out images, then fit the first detector to those as well.
 
     More images make better Gaussians, of maps above all. They also bring a normal image a little
     nearer, so that the thresholds err on the side of fewer false alarms.
     """
-    detector.calibrate(batch.to(device) for batch in held_out.split(args.batch_size))
-    everything = chain(images.batches(args.batch_size), held_out.split(args.batch_size))
-    total = len(images) + len(held_out)
-    detector.fit(batch.to(device) for batch in progress(everything, total, "fitting to all"))
+    def held_out(fold: Fold) -> Iterator[torch.Tensor]:
+        return (batch.to(device) for batch in fold.validator.normal.split(args.batch_size))
+
+    first = folds[0]
+    scores = [fold.detector.held_out_scores(held_out(fold)) for fold in folds]
+    first.detector.calibrate(torch.cat(scores))
+    total = len(first.images) + len(first.validator.normal)
+    fitting = progress(first.images.batches(args.batch_size), total, "fitting to all")
+    first.detector.fit(chain((batch.to(device) for batch in fitting), held_out(first)))
 
 
-def heading(validator: AugmentationValidator) -> str:
-    names = "".join(f"{name:>9}" for name in validator.augmented)
-    return f" step     loss  seconds{names}     gain   (of names the AUROC; all in %)"
+def heading(augmentations: list[str]) -> str:
+    names = "".join(f"{name:>9}" for name in augmentations)
+    return (f" step     loss  seconds{names}    gain of AUROC         of J"
+            "   (of names the AUROC; all in %)")
 
 
 def line(record: dict) -> str:
+    def gain(key: str, error: str) -> str:
+        return f"{100 * record[key]:+10.2f} ± {100 * record[error]:.2f}"
+
     loss = "-" if record["loss"] is None else f"{record['loss']:.2f}"
     aurocs = "".join(f"{100 * value:9.2f}" for value in record["auroc"].values())
-    gain = f"{100 * record['gain']:+7.2f} ± {100 * record['standard_error']:.2f}"
-    return f"{record['step']:5d} {loss:>8} {record['seconds']:8.1f}{aurocs}  {gain}"
+    return (f"{record['step']:5d} {loss:>8} {record['seconds']:8.1f}{aurocs}"
+            + gain("auroc_gain", "auroc_standard_error") + gain("gain", "standard_error"))
 
 
 if __name__ == "__main__":
