@@ -1225,6 +1225,60 @@ def test_run_that_is_killed_goes_on_to_the_same_bits(demo, cli, tmp_path):
     assert sorted(p.name for p in killed.iterdir()) == ["detector.pt", "history.json"]
 
 
+@pytest.fixture(scope="module")
+def few(demo, tmp_path_factory):
+    """A folder of six normal images: three folds."""
+    folder = tmp_path_factory.mktemp("few")
+    for path in sorted((demo / "demo/train/good").iterdir())[:6]:
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_few_images_are_judged_and_thresholds_taken_with_each_held_out_once(few, cli, tmp_path):
+    code, output, error = cli("train.py", "--normal", few, *TINY, "--steps", 0, "--out", tmp_path)
+    assert code == 0 and "4 images to fit, 2 held out, in turn all: 3 folds" in output, error
+    torch.manual_seed(0)
+    detector = GaussianAD(FeatureExtractor(BACKBONE, weights="random"))
+    load = lambda part: torch.stack([gaussad.load_image(path, 64) for path in part])
+    held_out_scores, aurocs = [], []
+    for fit, held_out in gaussad.split_normal(sorted(few.iterdir()), 0):
+        detector.fit([load(fit)])
+        held_out_scores.append(detector.held_out_scores([load(held_out)]))
+        validator = gaussad.AugmentationValidator(load(held_out), 0, versions=42)
+        aurocs.append(validator(detector, 16).auroc["cutmix"])
+    scores, maxima, _ = torch.cat(held_out_scores).T
+    saved = GaussianAD.load(tmp_path / "detector.pt")
+    assert saved.threshold.item() == pytest.approx(gaussad.tail_quantile(scores, 0.99), rel=1e-6)
+    assert saved.map_threshold.item() == pytest.approx(gaussad.tail_quantile(maxima, 0.99), 1e-6)
+    expected = detector.fit([load(sorted(few.iterdir()))])(load(sorted(few.iterdir())))
+    assert torch.allclose(saved(load(sorted(few.iterdir()))), expected, rtol=1e-5)
+    [check] = json.loads((tmp_path / "history.json").read_text())["checks"]
+    assert check["auroc"]["cutmix"] == pytest.approx(np.mean(aurocs), abs=1e-9)
+
+
+def test_interrupted_folds_go_on_to_the_same_bits(few, cli, tmp_path, monkeypatch):
+    given = ["--normal", few, *TINY, "--lr", "1e-5", "--steps", "33", "--out"]
+    step, taken = torch.optim.Adam.step, []
+
+    def interrupted(optimizer):
+        taken.append(step(optimizer))
+        if len(taken) == 3 * 32 + 2:  # between the folds' last steps
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", interrupted)
+        code, output, _ = cli("train.py", *given, tmp_path / "cut")
+    assert code == 130 and "--resume goes on" in output
+    assert cli("train.py", *given, tmp_path / "cut", "--resume")[0] == 0
+    assert cli("train.py", *given, tmp_path / "whole")[0] == 0
+    a, b = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("cut", "whole"))
+    for record in [*a["checks"], *b["checks"]]:
+        del record["seconds"]
+    assert a["checks"] == b["checks"] and len(a["checks"]) == 3
+    a, b = (GaussianAD.load(tmp_path / name / "detector.pt").state_dict() for name in ("cut", "whole"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"settings": {}, "checks": 3}', '{"checks": []}',
                                   '{"settings": {}, "checks": [{"step": 0}]}'])  # fmt: skip
 def test_history_that_is_none_is_left_out_of_the_report(text, trained, demo, cli, tmp_path):

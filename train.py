@@ -324,7 +324,8 @@ def fine_tune(fold: Fold, args: Namespace, device: torch.device, past: dict, che
 def summary(records: Sequence[dict], found: Validation, frozen: Validation) -> dict:
     """The record of a check of all folds: seconds of all, the mean loss, gains over frozen."""
     losses = [record["loss"] for record in records if record["loss"] is not None]
-    (gain, error), (auroc_gain, auroc_error) = found.gain_over(frozen), found.auroc_gain_over(frozen)
+    gain, error = found.gain_over(frozen)
+    auroc_gain, auroc_error = found.auroc_gain_over(frozen)
     return {"step": records[0]["step"], "loss": fmean(losses) if losses else None,
             "seconds": sum(record["seconds"] for record in records), "auroc": found.auroc,
             "auroc_gain": auroc_gain, "auroc_standard_error": auroc_error,
