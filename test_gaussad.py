@@ -636,6 +636,8 @@ def test_readme_examples_train_and_export(tmp_path, monkeypatch):
 
 def test_misuse_of_a_detector_is_an_error(fitted):
     detector, images = fitted
+    with pytest.raises(ValueError, match="images are uint8, or floating-point .* torch.int64"):
+        detector(images.long())
     with pytest.raises(ValueError, match="not fitted"):
         GaussianAD(FeatureExtractor(BACKBONE, [2], "random"))(images)
     with pytest.raises(ValueError, match="was fitted to"):
@@ -1001,6 +1003,18 @@ def test_pixel_metrics_are_those_of_the_maps_and_masks(trained, demo, cli):
     assert metrics["n_without_mask"] == 0
 
 
+def test_images_of_one_name_have_pictures_of_their_own(trained, demo, cli, tmp_path):
+    for folder, name in (("false", "alarms.png"), ("a", "b_c.png"), ("a_b", "c.png"),
+                         ("good", "0.png"), ("good", "0.bmp")):  # fmt: skip
+        (tmp_path / "demo/test" / folder).mkdir(parents=True, exist_ok=True)
+        saved(tmp_path / "demo/test" / folder / name)
+    code, _, error = cli("evaluate.py", "--data", tmp_path, "--category", "demo", "--out",
+                         trained[0], "--pictures")  # fmt: skip
+    shutil.copytree(trained[0] / "pictures", tmp_path / "pictures")
+    shutil.rmtree(trained[0] / "pictures")
+    assert code == 0 and len(list((tmp_path / "pictures").glob("0*.png"))) == 5, error
+
+
 def test_pictures_of_every_image_on_one_scale(trained, demo, cli):
     folder, _ = trained
     code, output, error = cli("evaluate.py", "--data", demo, "--category", "demo", "--out", folder,
@@ -1129,6 +1143,24 @@ def test_several_categories_one_of_which_fails(two, cli, tmp_path):
     code, output, _ = cli("train.py", *frozen[:2], "--category", "disc", "plate", *frozen[4:],
                           "--seed", 1, "--force")  # fmt: skip
     assert code == 0 and (tmp_path / "disc/detector.pt").stat().st_mtime_ns > before
+
+
+def test_where_all_categories_fail_each_is_told_once(two, cli, tmp_path):
+    for name in ("disc", "plate"):
+        (tmp_path / name / "train").mkdir(parents=True)
+    for script, more in (("train.py", TINY), ("evaluate.py", [])):
+        code, _, error = cli(script, "--data", tmp_path, "--category", "all", "--out",
+                             tmp_path / "runs", *more)  # fmt: skip
+        assert code == 2 and re.findall(r"error: (\w+):", error) == ["disc", "plate"]
+    assert not list(tmp_path.glob("runs/*.json"))
+
+
+def test_folder_that_cannot_be_made_is_told_before_scoring(trained, demo, cli, tmp_path):
+    (tmp_path / "file").touch()
+    result = cli("evaluate.py", "--model", trained[0] / "detector.pt", "--images",
+                 demo / "demo/test/stain", "--out", tmp_path / "file/run")  # fmt: skip
+    assert result[1] == ""
+    assert_one_line(result, "cannot make the folder .*file/run: .*; choose one by --out")
 
 
 def test_processes_of_torchrun_share_the_categories(two, cli, tmp_path, monkeypatch):
@@ -1346,7 +1378,10 @@ def broken(demo, tmp_path_factory):
     (root / "pickle.pth").write_bytes(pickle.dumps(Path("x")))
     torch.save(models.mobilenet_v3_small().state_dict(), root / "mobilenet_v3_small.pth")
     torch.save(Malicious(root / "executed"), root / "malicious.pth")
-    torch.save({"settings": {"backbone": BACKBONE, "levels": [9]}}, root / "older.pth")
+    settings = {"backbone": BACKBONE, "levels": [9]}
+    torch.save({"settings": settings}, root / "older.pth")
+    torch.save({"settings": settings, "map_levels": 3, "covariance": "full", "state": [],
+                "image_size": 64}, root / "altered.pth")  # fmt: skip
     yield root
     assert not (root / "executed").exists()
 
@@ -1381,6 +1416,7 @@ def broken(demo, tmp_path_factory):
         ("--data DEMO --category demo --out ROOT/file/run", "ROOT/file/run.*--out"),
         ("--data DEMO", "--category"),
         ("--data ROOT/empty --category all", "no category in .*empty"),
+        ("--data ROOT/nowhere --category all", "no data set at .*nowhere"),
         ("--normal ROOT/empty/train/good", "no images at .*give image files"),
         ("--normal ROOT/nowhere", "no images at .*nowhere"),
         ("--normal ROOT --data ROOT", "--normal goes with --out"),
@@ -1406,11 +1442,13 @@ def test_bad_input_to_train_is_told_in_one_line(args, message, broken, demo, cli
         ("--out RUN --data ROOT --category empty", "the detector of 'demo', not of 'empty'"),
         ("--out RUN --data NO_TEST", "demo/test"),
         ("--model RUN/detector.pt", "--model and --images go together"),
+        ("--out ROOT/altered", "altered/detector.pt is not a detector"),
     ],
 )
 def test_bad_input_to_evaluate_is_told_in_one_line(args, message, broken, demo, trained, cli):
     for name, file in (("not_a_detector", "file"), ("weights_only", "mobilenet_v3_small.pth"),
-                       ("malicious", "malicious.pth"), ("older", "older.pth")):
+                       ("malicious", "malicious.pth"), ("older", "older.pth"),
+                       ("altered", "altered.pth")):
         (broken / name).mkdir(exist_ok=True)
         (broken / name / "detector.pt").write_bytes((broken / file).read_bytes())
     (broken / "truncated/detector.pt").write_bytes((trained[0] / "detector.pt").read_bytes()[:5000])
@@ -1457,6 +1495,8 @@ ODD = {  # what one odd file among normal images is, and what train.py says: Non
     "loop.png": (lambda path: path.symlink_to(path), None),
     "nested": (lambda path: (path.mkdir(), saved(path / "inside.png")), None),
     "notes.txt": (lambda path: path.write_text("not an image"), None),
+    "._003.png": (lambda path: path.write_text("macOS's notes on a file"), None),
+    f"{240 * 'n'}.png": (saved, None),
     "empty.png": (lambda path: path.touch(), "cannot read the image .*empty.png"),
     "bomb.png": (lambda path: path.write_bytes(png_of(30000)), "bomb.png: Image size .* exceeds"),
     "float.tiff": (lambda path: saved(path, mode="F"), "float.tiff: pixels are floating-point"),
@@ -1483,7 +1523,7 @@ def test_odd_file_among_the_images(name, demo, cli, tmp_path):
     assert (code, error) == (0, ""), error
     with (out / "scored/scores.csv").open(newline="", errors="surrogateescape") as file:
         scored = [Path(row["path"]).name for row in csv.DictReader(file)]
-    read = (folder / name).is_file() and name != "notes.txt"
+    read = (folder / name).is_file() and name not in ("notes.txt", "._003.png")
     assert (name in scored) == read and len(scored) == 8 + read
     assert output.count("normal") + output.count("anomalous") >= len(scored)
 
