@@ -154,7 +154,7 @@ def make_extractor(args: Namespace) -> FeatureExtractor:
 
 @dataclass(frozen=True)
 class Fold:
-    """A detector, the normal images it is fitted to, and a validator with those held out."""
+    """A detector, the normal images it is fitted to, and a validator by those held out."""
 
     detector: GaussianAD
     images: Images
@@ -182,27 +182,21 @@ def train(args: Namespace, device: torch.device) -> None:
     images are cross-fitted: a detector for each fold is trained, all are judged together, and the
     first is kept.
     """
+    paths = normal_images(args)
     settings = {key: str(value) if isinstance(value, Path) else value
                 for key, value in vars(args).items() if key not in ELSEWHERE}
-    paths = normal_images(args)
     settings["images"] = len(paths)  # more or fewer of them are another run
-    pictures = (args.out / "pictures").resolve()
-    if any(pictures in path.resolve().parents for path in paths):
-        raise ValueError(f"the images are in {pictures}, where evaluate.py writes its "
-                         "own; choose another --out")
-    past = read_history(args.out)
-    finished = past.get("finished") and (args.out / "detector.pt").is_file()
-    if finished and past["settings"] == settings and not args.force:
+    if is_finished(args.out, settings) and not args.force:
         print(f"{args.out} is finished; --force trains it anew")
         return
     folds = make_folds(paths, args, device)
     make_folder(args.out)
     state = read_checkpoint(args.out / "checkpoint.pt", settings) if args.resume else None
-    detector, held_out = folds[0].detector, [len(fold.validator.normal) for fold in folds]
-    history = {"settings": settings, "levels": detector.extractor.levels,
-               "map_levels": detector.map_levels, "finished": False}
-    print(f"{args.out}: {len(paths) - held_out[0]} images to fit, {held_out[0]} held out" +
-          f", in turn all: {len(folds)} folds" * (len(folds) > 1))
+    first = folds[0]
+    history = {"settings": settings, "levels": first.detector.extractor.levels,
+               "map_levels": first.detector.map_levels, "finished": False}
+    print(f"{args.out}: {len(first.images)} images to fit, {len(first.validator.normal)} held out"
+          + f", in turn all: {len(folds)} folds" * (len(folds) > 1))
     print(heading(args.augmentations))
     try:
         select(folds, args, device, state, history)
@@ -217,8 +211,20 @@ def train(args: Namespace, device: torch.device) -> None:
 
 def normal_images(args: Namespace) -> list[Path]:
     if args.normal:
-        return list_images([args.normal])
-    return [sample.path for sample in list_samples(args.data, args.category, "train")]
+        paths = list_images([args.normal])
+    else:
+        paths = [sample.path for sample in list_samples(args.data, args.category, "train")]
+    pictures = (args.out / "pictures").resolve()
+    if any(pictures in path.resolve().parents for path in paths):
+        raise ValueError(f"the images are in {pictures}, where evaluate.py writes its "
+                         "own; choose another --out")
+    return paths
+
+
+def is_finished(out: Path, settings: dict) -> bool:
+    history = read_history(out)
+    return (history.get("finished", False) and history["settings"] == settings
+            and (out / "detector.pt").is_file())
 
 
 def read_checkpoint(path: Path, settings: dict) -> dict | None:
