@@ -931,8 +931,11 @@ class Validation:
 
     @classmethod
     def pooled(cls, folds: Sequence[Validation]) -> Validation:
-        """Of several validators, each of other held-out images. The AUROCs are means over folds,
-        as scores of different detectors are not compared."""
+        """Of several validators, each with held-out images of its own.
+
+        The AUROCs are means over folds, as scores of different detectors are not compared. The
+        detectors share images they are fitted to, so that standard errors come out a little small.
+        """
         return cls(
             {name: fmean(fold.auroc[name] for fold in folds) for name in folds[0].auroc},
             torch.cat([fold.components for fold in folds]),
