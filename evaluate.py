@@ -107,7 +107,8 @@ def pick_device(name: str) -> torch.device:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's
+    rank = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's
+    return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def progress(batches: Iterable[Tensor], total: int, what: str) -> Iterator[Tensor]:
@@ -138,16 +139,16 @@ def runs(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
             for name, folder in folders.items()}
 
 
-def for_each(todo: dict[str, argparse.Namespace], work: Callable[[argparse.Namespace], T]
-             ) -> dict[str, T]:
+def for_each(todo: dict[str, argparse.Namespace], work: Callable[[argparse.Namespace], T],
+             alone: bool = True) -> dict[str, T]:
     """The result of the work on each category; where one of several fails, it is told, and the
-    others go on."""
+    others go on. Of `alone`, a single category is all there is, and raises what it raises."""
     done = {}
     for name, args in todo.items():
         try:
             done[name] = work(args)
         except Exception as error:
-            if len(todo) == 1:
+            if alone and len(todo) == 1:
                 raise
             tell(f"{name}: {explain(error)}")
     return done
@@ -161,6 +162,13 @@ def make_folder(path: Path) -> None:
         raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose one by --out")
     if not os.access(path, os.W_OK):
         raise ValueError(f"cannot write to the folder {path}; choose another by --out")
+
+
+def refuse_inside(pictures: Path, images: Iterable[Path]) -> None:
+    """Raise ValueError where images lie in the folder that pictures are written to."""
+    if any(pictures.resolve() in path.resolve().parents for path in images):
+        raise ValueError(f"the images are in {pictures}, where evaluate.py writes its own; choose "
+                         "another --out")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -367,17 +375,17 @@ def measure(samples: list[Sample], labels: Tensor, scored: Scored) -> dict:
 
 
 def measure_verdicts(labels: Tensor, ratios: Tensor) -> dict:
-    """How often images labelled 0 or 1 (N,) are told wrongly by a ratio to the threshold (N,).
+    """How often images labelled 0 or 1 (N,) are classified wrongly by a ratio to the threshold (N,).
 
-    The share of normal images told anomalous, of anomalous ones told normal, and
+    The share of normal images classified as anomalous, of anomalous ones as normal, and
     F1 = 2 hits / (2 hits + misses + false alarms); in [0, 1], None where there are no such images,
     and where the detector has no threshold.
     """
     if ratios.isnan().any():
         return {"false_alarm_rate": None, "miss_rate": None, "f1": None}
-    anomalous, told = labels == 1, ratios > 1
-    misses, alarms = int((anomalous & ~told).sum()), int((~anomalous & told).sum())
-    hits = int((anomalous & told).sum())
+    anomalous, above = labels == 1, ratios > 1
+    misses, alarms = int((anomalous & ~above).sum()), int((~anomalous & above).sum())
+    hits = int((anomalous & above).sum())
     n = int(anomalous.sum())
     return {
         "false_alarm_rate": alarms / (len(labels) - n) if n < len(labels) else None,
@@ -403,11 +411,14 @@ def measure_maps(maps: Tensor, masks: list[Tensor | None]) -> dict:
 
 def read_history(out: Path) -> dict:
     """What train.py wrote to history.json; empty where that is missing or something else."""
-    wanted = {"step", "loss", "auroc", "auroc_gain", "auroc_standard_error", "gain",
-              "standard_error"}
+    def is_check(check: dict) -> bool:
+        keys = "step", "auroc_gain", "auroc_standard_error", "gain", "standard_error"
+        numbers = [check[key] for key in keys] + [*check["auroc"].values(), check["loss"] or 0]
+        return all(isinstance(number, (int, float)) for number in numbers)
+
     try:
         history = json.loads((out / "history.json").read_text())
-        known = all(wanted <= check.keys() for check in history.get("checks", []))
+        known = all(map(is_check, history.get("checks", [])))
         return history if known and isinstance(history["settings"], dict) else {}
     except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
         return {}
@@ -415,7 +426,7 @@ def read_history(out: Path) -> dict:
 
 def write_scores(path: Path, paths: list[Path], columns: dict[str, list], scored: Scored) -> None:
     """One line per image: its path, the columns given, and its scores in full precision."""
-    columns = {"path": [path.as_posix() for path in paths], **columns,
+    columns = {"path": [image.as_posix() for image in paths], **columns,
                "score": scored.scores.tolist(), "map_maximum": scored.maxima.tolist(),
                "score_of_threshold": scored.score_ratios.tolist(),
                "map_of_threshold": scored.map_ratios.tolist(), "verdict": scored.verdicts}
@@ -493,8 +504,14 @@ CAPTION = 28  # height of the caption in pixels
 
 def write_pictures(folder: Path, detector: GaussianAD, names: list[str], images: Images,
                    scored: Scored, masks: list[Tensor | None]) -> list[Path]:
-    """A picture <name>.png of each image; the files. Mostly, the images are in memory still."""
+    """A picture <name>.png of each image, in place of those of an earlier evaluation; the files.
+
+    Mostly, the images are in memory still.
+    """
+    refuse_inside(folder, images.paths)
     folder.mkdir(exist_ok=True)
+    for earlier in folder.glob("[0-9][0-9][0-9][0-9]*_*.png"):
+        earlier.unlink()
     files = [folder / f"{name}.png" for name in names]
     decoded = chain.from_iterable(images.batches(SHEET))
     for i, image in enumerate(decoded):
@@ -591,7 +608,7 @@ def write_report(path: Path, category: str, metrics: dict, checks: list[dict], l
         "<h2>Map maximum over its threshold</h2><p>Share of the <b class=normal>normal</b> and of "
         "the <b class=anomalous>anomalous</b> images; the line is the threshold, 1.</p>",
         histogram(scored.map_ratios, labels),
-        "<h2>ROC curve</h2><p>Anomalous images told as such, over normal ones told so; by the "
+        "<h2>ROC curve</h2><p>True-positive rate over false-positive rate; by the "
         "map's maximum (solid) and by the score (dashed). The dot is the threshold.</p>",
         roc_curve(scored, labels, metrics),
         f"<h2>Training</h2><p>Best step: {metrics['best_step']}. AUROCs and gains in %.</p>",

@@ -41,7 +41,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
@@ -100,7 +99,7 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
     wanted = folder / NORMAL if split == "train" else folder
     if not wanted.is_dir():
         raise ValueError(f"no folder {wanted}: the MVTec AD layout has its {split} images there")
-    folders = [wanted] if split == "train" else sorted(p for p in wanted.iterdir() if p.is_dir())
+    folders = [wanted] if split == "train" else _folders_in(wanted)
     samples = [
         Sample(path, defect.name, _mask_of(root / category, defect.name, path.stem))
         for defect in folders
@@ -125,6 +124,11 @@ def list_images(paths: Sequence[str | Path]) -> list[Path]:
     return files
 
 
+def _folders_in(folder: Path) -> list[Path]:
+    """Sorted, without hidden ones, such as an editor's."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def _images_in(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     return [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]
@@ -140,7 +144,7 @@ def split_normal(samples: Sequence, seed: int, few: int = 40) -> list[tuple[list
 
     Of `few` samples a fifth says little. Where there are fewer, cross-fitting: five such splits
     (of less than ten samples, as many as hold out two each), which hold out each sample once.
-    Three at least are then to fit, which a Gaussian needs, and two held out, which mixing needs.
+    At least four are then to fit, of which a Gaussian needs three, and two held out, for mixing.
     Raises ValueError for fewer than six. The splits are our choice; the paper names none we know.
     """
     n = len(samples)
@@ -184,6 +188,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as file:
             yield file
+    except MemoryError:
+        raise
     except Exception as error:  # a decoder raises whatever it likes on a broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"cannot read the image {path}: {reason}") from error
@@ -544,8 +550,9 @@ class Moments:
             b² = min(d², Σ_k ‖y_k y_kᵀ - S‖² / n²)
             covariance = (b²/d²) m I + (1 - b²/d²) S
 
-        Constant features get the variance (b²/d²) m; where all are constant, the covariance and
-        the shrinkage are 0 up to rounding, and of two samples the shrinkage is. Raises ValueError for one.
+        Constant features get the variance (b²/d²) m. Where all are constant, the covariance and
+        the shrinkage are 0, up to rounding; with two samples the shrinkage is 0. Raises ValueError
+        for one sample.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs two samples at least, not {self.count}")
@@ -597,12 +604,12 @@ class Gaussian(nn.Module):
     def fit(cls, moments: Moments, floor: float = 0.0, covariance: str = "full") -> Gaussian:
         """The Gaussian of the samples in `moments`, its covariance shrunk by Ledoit-Wolf.
 
-        covariance  "full"; for comparison "diagonal", its diagonal alone, or "identity", with which
-                    the distance is the Euclidean one to the mean
-
         floor       this share of the mean variance over all features and leading dimensions is
                     added to each variance: a location that is blank in all images has none of its
                     own, and no distance without
+
+        covariance  "full"; for comparison "diagonal", its diagonal alone, or "identity", with which
+                    the distance is the Euclidean one to the mean
 
         But for the identity, the scale of the features changes no distance beyond rounding, at
         least from 1e-6 to 1e6.
@@ -777,7 +784,7 @@ class GaussianAD(nn.Module):
 
         The scores (N, 3) are those of `held_out_scores`: of this detector, or of several put
         together, each fitted to other images and scoring the rest. An image above a threshold is
-        told anomalous. Raises ValueError as `tail_quantile`.
+        classified as anomalous. Raises ValueError as `tail_quantile`.
         """
         scores, maxima, usual = held_out_scores.unbind(1)
         self._set_calibration(
@@ -814,7 +821,8 @@ class GaussianAD(nn.Module):
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> GaussianAD:
         """Rebuild what `save` wrote, on `device`; nothing is downloaded, no code in it is run.
 
-        Raises ValueError where the file is missing or is not a detector.
+        A blank image is scored, to see that it works. Raises ValueError where the file is missing
+        or is not a detector.
         """
         content = load_plain(path, device)
         try:
@@ -828,9 +836,19 @@ class GaussianAD(nn.Module):
                     mean, whitening = state[f"{name}.{i}.mean"], state[f"{name}.{i}.whitening"]
                     getattr(detector, name).append(Gaussian(mean, whitening))
             detector.load_state_dict(state, assign=True)
+            detector._check(device)
         except (AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is not a detector saved by this gaussad.py") from error
         return detector
+
+
+    @torch.no_grad()
+    def _check(self, device: torch.device | str) -> None:
+        """Score a blank image: shapes, sizes and dtypes that do not go together raise an error."""
+        if self.image_size is not None:
+            score = self.scores_and_maps(torch.zeros(1, 3, *self.image_size, device=device))[0]
+            if not score.isfinite().all():
+                raise ValueError("the network or the Gaussians hold NaN or infinity")
 
 
 def _checked_map_levels(levels: Sequence[int] | None, extractor: FeatureExtractor) -> list[int]:
@@ -905,7 +923,7 @@ def augmix(images: Tensor) -> Tensor:
 def _boxes(images: Tensor) -> Tensor:
     """Where a square about a random centre lies, cut at the border: (B, 1, H, W) bool.
 
-    Its area is 0.2 to 10 % of the image's, log-uniform. Both papers take larger ones, as they are
+    Its area is 0.2 to 10 % of the image's, log-uniform, before it is cut. Both papers take larger ones, as they are
     to make a classifier robust; here those are told from normal images at once, frozen or
     fine-tuned, and so tell nothing (our choice).
     """
@@ -933,11 +951,13 @@ class Validation:
     def pooled(cls, folds: Sequence[Validation]) -> Validation:
         """Of several validators, each with held-out images of its own.
 
-        The AUROCs are means over folds, as scores of different detectors are not compared. The
+        The AUROCs are means over folds, weighted by their images, as scores of different detectors are not compared. The
         detectors share images they are fitted to, so that standard errors come out a little small.
         """
+        n = [len(fold.separation) for fold in folds]
+        aurocs = {name: [fold.auroc[name] for fold in folds] for name in folds[0].auroc}
         return cls(
-            {name: fmean(fold.auroc[name] for fold in folds) for name in folds[0].auroc},
+            {name: float(np.average(values, weights=n)) for name, values in aurocs.items()},
             torch.cat([fold.components for fold in folds]),
             torch.cat([fold.separation for fold in folds]),
         )
@@ -1081,10 +1101,10 @@ def _share_below(scores: Tensor, others: Tensor) -> Tensor:
 def aupro(maps: Tensor, masks: Tensor, fpr_limit: float = 0.3) -> float:
     """Area under the per-region-overlap curve up to a false-positive rate, over that rate: [0, 1].
 
-    Every value of the maps is a threshold t, and the pixels with map >= t are told anomalous. PRO
-    (Bergmann et al. 2021, "The MVTec Anomaly Detection Dataset", IJCV) is the share of a true
-    region that is told, the mean over regions; FPR the share of normal pixels that is. The curve
-    from (0, 0) is linear between thresholds, and its last point interpolated at the limit.
+    Every value of the maps is a threshold t; pixels with map >= t are classified as anomalous.
+    PRO (Bergmann et al. 2021, "The MVTec Anomaly Detection Dataset", IJCV) is the share of a true
+    region that is, the mean over regions; FPR the share of normal pixels that is. The curve from
+    (0, 0) is linear between thresholds, and its last point interpolated at the limit.
 
     maps        (N, H, W), the higher, the more anomalous
     masks       (N, H, W), 1 or True where anomalous; regions are 8-connected

@@ -575,6 +575,21 @@ def test_saved_detector_is_the_same_to_the_bit_and_needs_no_download(fitted, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["detector.pt"]
 
 
+@pytest.mark.parametrize("change", [
+    {"image_size": 64}, {"image_size": [0, 0]}, {"image_size": [None, 64]},
+    {"image_size": [96, 64]}, {"gaussians.0.mean": torch.zeros(3, dtype=torch.float64)},
+    {"gaussians.0.whitening": torch.eye(24).int()},
+    {"extractor.mean": torch.full((3, 1, 1), torch.nan)},
+])  # fmt: skip
+def test_altered_detector_is_found_when_loaded(change, fitted, tmp_path):
+    fitted[0].save(tmp_path / "detector.pt")
+    content = torch.load(tmp_path / "detector.pt")
+    (content if "image_size" in change else content["state"]).update(change)
+    torch.save(content, tmp_path / "detector.pt")
+    with pytest.raises(ValueError, match="detector.pt is not a detector saved by this gaussad"):
+        GaussianAD.load(tmp_path / "detector.pt")
+
+
 def test_failed_save_keeps_the_old_file(fitted, tmp_path, monkeypatch):
     detector, _ = fitted
     detector.save(tmp_path / "detector.pt")
@@ -769,7 +784,7 @@ def test_folds_are_pooled():
     folds = [gaussad.Validation({"mixup": value}, torch.full((n,), value), torch.arange(n) * value)
              for n, value in ((2, 0.5), (3, 0.7))]  # fmt: skip
     pooled = gaussad.Validation.pooled(folds)
-    assert pooled.auroc == {"mixup": pytest.approx(0.6)}
+    assert pooled.auroc == {"mixup": pytest.approx(0.62)}
     assert pooled.components.tolist() == pytest.approx([0.5, 0.5, 0.7, 0.7, 0.7])
     assert pooled.separation.tolist() == pytest.approx([0, 0.5, 0, 0.7, 1.4])
 
@@ -1003,6 +1018,16 @@ def test_pixel_metrics_are_those_of_the_maps_and_masks(trained, demo, cli):
     assert metrics["n_without_mask"] == 0
 
 
+def test_pictures_take_the_place_of_earlier_ones_and_of_no_image(trained, demo, cli, tmp_path):
+    given = ["--model", trained[0] / "detector.pt", "--out", tmp_path, "--pictures", "--images"]
+    for folder, n in (("good", 16), ("stain", 8)):
+        assert cli("evaluate.py", *given, demo / "demo/test" / folder)[0] == 0
+        assert len(list((tmp_path / "pictures").iterdir())) == n
+    result = cli("evaluate.py", *given, tmp_path / "pictures")
+    assert_one_line(result, "the images are in .*pictures.* another --out")
+    assert len(list((tmp_path / "pictures").iterdir())) == 8
+
+
 def test_images_of_one_name_have_pictures_of_their_own(trained, demo, cli, tmp_path):
     for folder, name in (("false", "alarms.png"), ("a", "b_c.png"), ("a_b", "c.png"),
                          ("good", "0.png"), ("good", "0.bmp")):  # fmt: skip
@@ -1083,7 +1108,7 @@ def test_same_seed_same_bits(trained, demo, cli, tmp_path):
 
 def test_diverging_training_keeps_the_best_and_says_so(demo, cli, tmp_path):
     (tmp_path / "pictures").mkdir()
-    for name in ("metrics.json", "scores.csv", "pictures/good_000.png"):  # of an earlier detector
+    for name in ("detector.pt", "metrics.json", "scores.csv", "pictures/0000_good_000.png"):
         (tmp_path / name).write_text("{}")
     code, output, error = cli("train.py", "--data", demo, "--category", "demo", *TINY, "--steps",
                               64, "--lr", "1e6", "--out", tmp_path)  # fmt: skip
@@ -1163,12 +1188,15 @@ def test_folder_that_cannot_be_made_is_told_before_scoring(trained, demo, cli, t
     assert_one_line(result, "cannot make the folder .*file/run: .*; choose one by --out")
 
 
-def test_processes_of_torchrun_share_the_categories(two, cli, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, error = cli("train.py", "--data", two, "--category", "broken", "disc", *TINY,
-                         "--steps", 0, "--out", tmp_path)  # fmt: skip
-    assert code == 0 and [path.name for path in tmp_path.iterdir()] == ["disc"], error
+def test_processes_of_torchrun_share_the_categories_and_wait_for_each_other(two, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               HERE / "train.py", "--data", two, "--category", "broken", "disc", "plate", *TINY,
+               "--steps", "2", "--out", tmp_path]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 1 and "train.py: error: broken: no images in" in done.stderr
+    assert sorted(path.parent.name for path in tmp_path.glob("*/detector.pt")) == ["disc", "plate"]
+    for name in ("disc", "plate"):
+        assert json.loads((tmp_path / name / "history.json").read_text())["finished"]
 
 
 def test_mean_and_standard_error_of_results(tmp_path, capsys):
@@ -1245,7 +1273,7 @@ def test_run_that_is_killed_goes_on_to_the_same_bits(demo, cli, tmp_path):
     checks = json.loads((killed / "history.json").read_text())["checks"]
     assert not json.loads((killed / "history.json").read_text())["finished"] and len(checks) < 4
     code, _, error = cli("train.py", *given, killed, "--resume", "--seed", 1)
-    assert code == 2 and "checkpoint.pt is of a run with other settings" in error
+    assert code == 2 and "is of a run with other settings: leave out --resume" in error
     assert cli("train.py", *given, killed, "--resume")[0] == 0
     assert cli("train.py", *given, whole)[0] == 0
     a, b = (torch.load(path / "detector.pt")["state"] for path in (whole, killed))
@@ -1276,7 +1304,7 @@ def test_few_images_are_judged_and_thresholds_taken_with_each_held_out_once(few,
     for fit, held_out in gaussad.split_normal(sorted(few.iterdir()), 0):
         detector.fit([load(fit)])
         held_out_scores.append(detector.held_out_scores([load(held_out)]))
-        validator = gaussad.AugmentationValidator(load(held_out), 0, versions=42)
+        validator = gaussad.AugmentationValidator(load(held_out), len(aurocs), versions=43)
         aurocs.append(validator(detector, 16).auroc["cutmix"])
     scores, maxima, _ = torch.cat(held_out_scores).T
     saved = GaussianAD.load(tmp_path / "detector.pt")
@@ -1311,8 +1339,15 @@ def test_interrupted_folds_go_on_to_the_same_bits(few, cli, tmp_path, monkeypatc
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"settings": {}, "checks": 3}', '{"checks": []}',
-                                  '{"settings": {}, "checks": [{"step": 0}]}'])  # fmt: skip
+CHECK = {"step": 0, "loss": None, "auroc": {"mixup": 0.5}, "gain": 0, "standard_error": 0,
+         "auroc_gain": 0, "auroc_standard_error": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", '{"settings": {}, "checks": 3}', '{"checks": []}',
+    '{"settings": {}, "checks": [{"step": 0}]}',
+    *(json.dumps({"settings": {}, "checks": [{**CHECK, key: value}]})
+      for key, value in (("auroc", [0.5]), ("gain", None), ("loss", "x")))])  # fmt: skip
 def test_history_that_is_none_is_left_out_of_the_report(text, trained, demo, cli, tmp_path):
     shutil.copy(trained[0] / "detector.pt", tmp_path)
     (tmp_path / "history.json").write_text(text)
@@ -1321,11 +1356,54 @@ def test_history_that_is_none_is_left_out_of_the_report(text, trained, demo, cli
     assert json.loads((tmp_path / "metrics.json").read_text())["best_step"] is None
 
 
+def test_files_of_others_in_the_run_folder_are_not_replaced(demo, cli, tmp_path):
+    (tmp_path / "scores.csv").write_text("mine")
+    given = ["--data", demo, "--category", "demo", "--out", tmp_path, *TINY, "--steps", 0]
+    assert_one_line(cli("train.py", *given), "scores.csv would be replaced.*another --out")
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.csv"]
+
+
+def test_resume_of_another_run_or_with_a_file_of_another_kind_is_refused(few, cli, tmp_path, monkeypatch):
+    given = ["--normal", few, *TINY, "--steps", 0, "--out", tmp_path]
+    assert cli("train.py", *given)[0] == 0
+    before = (tmp_path / "detector.pt").read_bytes()
+    assert_one_line(cli("train.py", *given, "--seed", 1, "--resume"), "with other settings")
+    torch.save({"settings": {}, "best": torch.zeros(3)}, tmp_path / "checkpoint.pt")
+    result = cli("train.py", *given, "--seed", 1, "--resume")
+    assert_one_line(result, "checkpoint.pt was not saved by this train.py")
+    assert (tmp_path / "detector.pt").read_bytes() == before
+    monkeypatch.chdir(few)  # the same run by another spelling of its paths
+    code, output, _ = cli("train.py", "--normal", ".", *given[2:])
+    assert code == 0 and "is finished" in output
+
+
+def test_best_is_better_than_each_that_was_the_best_before(few, cli, tmp_path, monkeypatch):
+    """J gains at each check, and the AUROC falls by 1.5 standard errors: too much by the third."""
+    noise = torch.tensor(random_samples(6, 2)).T
+    noise = (noise - noise.mean(1, keepdim=True)) / noise.std(1, keepdim=True) * 6**0.5
+    moments = iter(range(9))
+
+    def pooled(folds):
+        at = next(moments)  # the gain over any other moment has a standard error of 1
+        sign = (-1) ** at
+        components = -1.5 * at + sign * noise[0] / 2
+        return gaussad.Validation({"mixup": 0.5}, components, 9.0 * at + noise[1])
+
+    monkeypatch.setattr(gaussad.Validation, "pooled", pooled)
+    given = ["--normal", few, *TINY, "--lr", "1e-6", "--steps", 65, "--out", tmp_path]
+    assert cli("train.py", *given)[0] == 0
+    checks = json.loads((tmp_path / "history.json").read_text())["checks"]
+    assert [check["kept"] for check in checks] == [True, True, False, False]
+
+
 def test_images_in_the_run_folder_are_not_deleted(demo, cli, tmp_path):
     shutil.copytree(demo / "demo/train/good", tmp_path / "pictures")
     given = [*TINY, "--steps", 0, "--out", tmp_path]
     assert_one_line(cli("train.py", "--normal", tmp_path / "pictures", *given), "another --out")
-    assert cli("train.py", "--normal", demo / "demo/train/good", *given)[0] == 0
+    for _ in range(2):  # not of a run; of a run, but not evaluated
+        cli("train.py", "--normal", demo / "demo/train/good", *given, "--force")
+        (tmp_path / "detector.pt").touch()
+    assert (tmp_path / "history.json").exists()
     assert len(list((tmp_path / "pictures").iterdir())) == 48
 
 

@@ -23,11 +23,14 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain, islice
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from torch import distributed
 
 import evaluate
 from evaluate import (
@@ -39,6 +42,7 @@ from evaluate import (
     pick_device,
     progress,
     read_history,
+    refuse_inside,
     run,
     runs,
     write_json,
@@ -62,7 +66,7 @@ from gaussad import (
 )
 
 FIRST_CHECK = 32  # steps: the first few throw the features off, and what is judged then misleads
-ELSEWHERE = {"device", "workers", "resume", "force", "demo"}  # options that change no result
+ELSEWHERE = {"out", "device", "workers", "resume", "force", "demo"}  # options that change no result
 DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "steps": 32, "category": ["demo"]}
 
 
@@ -73,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         args.data = args.out / "data"
         make_folder(args.data)
         draw_demo(args.data, args.image_size)
-    todo = {str(args.normal): args} if args.normal else shared(runs(args))
+    todo = {str(args.normal): args} if args.normal else runs(args)
+    if "WORLD_SIZE" in os.environ:
+        return train_share(todo, device)
     done = for_each(todo, lambda args: train(args, device))
     if args.demo:
         evaluate.main(["--data", str(args.data), "--category", "demo", "--out", str(args.out),
@@ -82,10 +88,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if len(done) == len(todo) else 2
 
 
-def shared(todo: dict[str, Namespace]) -> dict[str, Namespace]:
-    """What of it this process does, of those that torchrun started."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return dict(islice(todo.items(), rank, None, processes))
+def train_share(todo: dict[str, Namespace], device: torch.device) -> int:
+    """Train what is this process's of those that torchrun started, and wait for the others, as
+    torchrun ends all of them when one has failed."""
+    distributed.init_process_group("gloo", timeout=timedelta(days=365))
+    share = dict(islice(todo.items(), distributed.get_rank(), None, distributed.get_world_size()))
+    done = for_each(share, lambda args: train(args, device), alone=False)
+    distributed.barrier()
+    distributed.destroy_process_group()
+    return 0 if len(done) == len(share) else 2
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -168,8 +179,8 @@ def make_folds(paths: list[Path], args: Namespace, device: torch.device) -> list
     folds = []
     for fit, held_out in splits:
         normal = Images(held_out, args.image_size, args.workers).batches(args.batch_size)
-        validator = AugmentationValidator(torch.cat(list(normal)), args.seed,
-                                          VERSIONS // len(splits), augmentations)
+        validator = AugmentationValidator(torch.cat(list(normal)), args.seed + len(folds),
+                                          ceil(VERSIONS / len(splits)), augmentations)
         images = Images(fit, args.image_size, args.workers)
         folds.append(Fold(deepcopy(detector), images, validator))
     return folds
@@ -183,15 +194,15 @@ def train(args: Namespace, device: torch.device) -> None:
     first is kept.
     """
     paths = normal_images(args)
-    settings = {key: str(value) if isinstance(value, Path) else value
+    settings = {key: str(value.resolve()) if isinstance(value, Path) else value
                 for key, value in vars(args).items() if key not in ELSEWHERE}
     settings["images"] = len(paths)  # more or fewer of them are another run
     if is_finished(args.out, settings) and not args.force:
         print(f"{args.out} is finished; --force trains it anew")
         return
+    state = read_checkpoint(args.out, settings) if args.resume else None
     folds = make_folds(paths, args, device)
-    make_folder(args.out)
-    state = read_checkpoint(args.out / "checkpoint.pt", settings) if args.resume else None
+    make_run_folder(args.out)
     first = folds[0]
     history = {"settings": settings, "levels": first.detector.extractor.levels,
                "map_levels": first.detector.map_levels, "finished": False}
@@ -201,8 +212,9 @@ def train(args: Namespace, device: torch.device) -> None:
     try:
         select(folds, args, device, state, history)
     except KeyboardInterrupt:
-        print(f"Interrupted: the same command with --resume goes on from the last check in "
-              f"{args.out}")
+        if (args.out / "checkpoint.pt").exists():
+            print(f"Interrupted: the same command with --resume goes on from the last check in "
+                  f"{args.out}")
         raise
     step = history["best_step"]
     print(f"Step {step}{' (the frozen network)' if step == 0 else ''} is the validator's choice; "
@@ -214,10 +226,7 @@ def normal_images(args: Namespace) -> list[Path]:
         paths = list_images([args.normal])
     else:
         paths = [sample.path for sample in list_samples(args.data, args.category, "train")]
-    pictures = (args.out / "pictures").resolve()
-    if any(pictures in path.resolve().parents for path in paths):
-        raise ValueError(f"the images are in {pictures}, where evaluate.py writes its "
-                         "own; choose another --out")
+    refuse_inside(args.out / "pictures", paths)
     return paths
 
 
@@ -227,46 +236,66 @@ def is_finished(out: Path, settings: dict) -> bool:
             and (out / "detector.pt").is_file())
 
 
-def read_checkpoint(path: Path, settings: dict) -> dict | None:
+def read_checkpoint(out: Path, settings: dict) -> dict | None:
     """What `select` saved at the last check; None if there is nothing to go on with."""
-    if not path.is_file() or not path.with_name("detector.pt").is_file():
-        return None
-    state = load_plain(path)
-    if state.get("settings") != settings:
-        raise ValueError(f"{path} is of a run with other settings: leave out --resume to start "
-                         "anew, or give the same")
+    history, state = read_history(out), None
+    if (out / "checkpoint.pt").is_file() and (out / "detector.pt").is_file():
+        state = load_plain(out / "checkpoint.pt")
+        if state.keys() != {"settings", "checks", "kept", "since", "training"}:
+            raise ValueError(f"{out / 'checkpoint.pt'} was not saved by this train.py: leave out "
+                             "--resume to start anew")
+    for found in (history, state):
+        if found and found["settings"] != settings:
+            raise ValueError(f"{out} is of a run with other settings: leave out --resume to start "
+                             "anew, or give the same")
     return state
+
+
+def make_run_folder(out: Path) -> None:
+    """Make the folder, or take over that of an earlier run, which has a detector."""
+    make_folder(out)
+    ours = ("history.json", "metrics.json", "scores.csv", "report.html", "pictures")
+    for path in (out / name for name in ours):
+        if path.exists() and not (out / "detector.pt").exists():
+            raise ValueError(f"{path} would be replaced, and there is no detector.pt to show that "
+                             "it is of an earlier run: remove it, or choose another --out")
 
 
 def select(folds: list[Fold], args: Namespace, device: torch.device, state: dict | None,
            history: dict) -> None:
-    """Judge each check, and save the detector if it is the best, the history and a checkpoint."""
-    state = state or {"settings": history["settings"], "checks": [], "since": 0,
+    """Judge each check, and save the detector if it is the best, the history and a checkpoint.
+
+    The best is better than each that was the best before: nor may the AUROC fall little by little.
+    """
+    state = state or {"settings": history["settings"], "checks": [], "kept": [], "since": 0,
                       "training": [{} for _ in folds]}
-    checks = state["checks"]
+    checks, kept = state["checks"], [Validation(**found) for found in state["kept"]]
     trainings = [fine_tune(fold, args, device, past, len(checks))
                  for fold, past in zip(folds, state["training"])]
     for at_check in zip(*trainings):
         records, found, state["training"] = zip(*at_check)
         found = Validation.pooled(found)
-        frozen = Validation(**state.setdefault("frozen", vars(found)))
-        if better := not checks or found.is_better_than(Validation(**state["best"])):
-            state["best"], state["best_step"] = vars(found), records[0]["step"]
+        if better := all(found.is_better_than(earlier) for earlier in kept):
+            kept.append(found)
+            state["kept"].append(vars(found))
             fit_to_all(folds, args, device)
             save(folds[0].detector, args.out, new=not checks)
-        checks.append(summary(records, found, frozen))
-        print(line(checks[-1]) + ("  best so far" if better else ""), flush=True)
+        checks.append(summary(records, found, kept[0]) | {"kept": better})
+        print(line(checks[-1]), flush=True)
         state["since"] = 0 if better else state["since"] + 1
-        history |= {"checks": checks, "best_step": state["best_step"],
-                    "finished": state["since"] >= args.patience or checks[-1]["step"] == args.steps}
-        write_json(args.out / "history.json", history)
-        if history["finished"]:
+        if state["since"] >= args.patience or checks[-1]["step"] == args.steps:
             break
+        write_history(args.out, history, checks, finished=False)
         save_plain(state, args.out / "checkpoint.pt")
-    history |= {"checks": checks, "best_step": state["best_step"], "finished": True}
-    write_json(args.out / "history.json", history)  # once more, where training diverged
+    write_history(args.out, history, checks, finished=True)
     for name in ("checkpoint.pt", "detector.new"):  # the latter of a kill while it was saved
         (args.out / name).unlink(missing_ok=True)
+
+
+def write_history(out: Path, history: dict, checks: list[dict], finished: bool) -> None:
+    best_step = [check["step"] for check in checks if check["kept"]][-1]
+    history |= {"checks": checks, "best_step": best_step, "finished": finished}
+    write_json(out / "history.json", history)
 
 
 def save(detector: GaussianAD, out: Path, new: bool) -> None:
@@ -317,7 +346,7 @@ def fine_tune(fold: Fold, args: Namespace, device: torch.device, past: dict, che
         except DegenerateError as error:
             if check == 0:
                 raise
-            print(f"step {check}: training diverged and stops ({error}); try a smaller --lr")
+            print(f"Step {check}: training diverged and stops ({error}); try a smaller --lr")
             return
         step = check
         record = {"step": check, "loss": fmean(losses) if losses else None,
@@ -385,7 +414,7 @@ def fit_to_all(folds: list[Fold], args: Namespace, device: torch.device) -> None
 def heading(augmentations: list[str]) -> str:
     names = "".join(f"{name:>9}" for name in augmentations)
     return (f" step     loss  seconds{names}    gain of AUROC         of J"
-            "   (of names the AUROC; all in %)")
+            "   (over step 0; of names the AUROC; all in %)")
 
 
 def line(record: dict) -> str:
@@ -395,7 +424,8 @@ def line(record: dict) -> str:
     loss = "-" if record["loss"] is None else f"{record['loss']:.2f}"
     aurocs = "".join(f"{100 * value:9.2f}" for value in record["auroc"].values())
     return (f"{record['step']:5d} {loss:>8} {record['seconds']:8.1f}{aurocs}"
-            + gain("auroc_gain", "auroc_standard_error") + gain("gain", "standard_error"))
+            + gain("auroc_gain", "auroc_standard_error") + gain("gain", "standard_error")
+            + "  best so far" * record["kept"])
 
 
 if __name__ == "__main__":
