@@ -321,27 +321,22 @@ def fine_tune(fold: Fold, args: Namespace, device: torch.device, past: dict, che
     Training pulls the features to the Gaussian of the pre-trained network, which stays fixed;
     what is judged has the Gaussian of the features as they are now.
     """
-    detector, images = fold.detector, fold.images
-
-    def fit() -> GaussianAD:
-        batches = progress(images.batches(args.batch_size), len(images), "fitting")
-        return detector.fit(batch.to(device) for batch in batches)
-
-    start, step, pretrained = time.perf_counter(), past.get("step", 0), fit().gaussians
+    detector, step = fold.detector, past.get("step", 0)
+    pretrained = fit(fold, args, device).gaussians
     optimizer = torch.optim.Adam(detector.parameters(), lr=args.lr)
     if past:
         detector.extractor.load_state_dict(past["network"])
         optimizer.load_state_dict(past["optimizer"])
-    stream = endless(images, args.batch_size, torch.Generator().manual_seed(args.seed))
+    stream = endless(fold.images, args.batch_size, torch.Generator().manual_seed(args.seed))
     stream = islice(stream, step, None)  # what was trained on already is drawn again and dropped
     for check in islice(check_steps(args.steps), checks, None):
-        detector.gaussians = pretrained
+        start, detector.gaussians = time.perf_counter(), pretrained
         todo = progress(islice(stream, check - step), (check - step) * args.batch_size,
                         f"training to step {check}")
         try:
             losses = [train_step(detector, optimizer, batch.to(device)) for batch in todo]
             if check:
-                fit()
+                fit(fold, args, device)
             found = fold.validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
         except DegenerateError as error:
             if check == 0:
@@ -353,7 +348,11 @@ def fine_tune(fold: Fold, args: Namespace, device: torch.device, past: dict, che
                   "seconds": time.perf_counter() - start}
         yield record, found, {"step": check, "network": detector.extractor.state_dict(),
                               "optimizer": optimizer.state_dict()}
-        start = time.perf_counter()
+
+
+def fit(fold: Fold, args: Namespace, device: torch.device) -> GaussianAD:
+    batches = progress(fold.images.batches(args.batch_size), len(fold.images), "fitting")
+    return fold.detector.fit(batch.to(device) for batch in batches)
 
 
 def summary(records: Sequence[dict], found: Validation, frozen: Validation) -> dict:
