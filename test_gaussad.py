@@ -1377,23 +1377,28 @@ def test_resume_of_another_run_or_with_a_file_of_another_kind_is_refused(few, cl
     assert code == 0 and "is finished" in output
 
 
-def test_best_is_better_than_each_that_was_the_best_before(few, cli, tmp_path, monkeypatch):
-    """J gains at each check, and the AUROC falls by 1.5 standard errors: too much by the third."""
-    noise = torch.tensor(random_samples(6, 2)).T
-    noise = (noise - noise.mean(1, keepdim=True)) / noise.std(1, keepdim=True) * 6**0.5
-    moments = iter(range(9))
+@pytest.mark.parametrize("gain, change, kept", [
+    (9.0, -1.5, [True, True, False, False, False]),  # the AUROC falls little by little
+    (0.5, 0.0, [True, False, False, False]),  # three without a gain
+    (-2.5, 0.0, [True, False, False]),  # and such as are worse, which count twice
+])  # fmt: skip
+def test_which_checks_are_kept_and_when_a_run_ends(gain, change, kept, few, cli, tmp_path,
+                                                   monkeypatch):  # fmt: skip
+    """At check t, J and the AUROC are t times a change in units of its standard error."""
+    noise = torch.tensor(random_samples(6, 5))
+    noise = torch.linalg.qr(noise - noise.mean(0))[0].T * 15**0.5  # differences: an error of 1
+    checks = iter(enumerate(noise))
 
     def pooled(folds):
-        at = next(moments)  # the gain over any other moment has a standard error of 1
-        sign = (-1) ** at
-        components = -1.5 * at + sign * noise[0] / 2
-        return gaussad.Validation({"mixup": 0.5}, components, 9.0 * at + noise[1])
+        t, error = next(checks)
+        return gaussad.Validation({"mixup": 0.5}, change * t + error, gain * t + error)
 
     monkeypatch.setattr(gaussad.Validation, "pooled", pooled)
-    given = ["--normal", few, *TINY, "--lr", "1e-6", "--steps", 65, "--out", tmp_path]
+    monkeypatch.setattr(GaussianAD, "loss", lambda self, images: next(self.parameters()).sum() * 0)
+    given = ["--normal", few, *TINY, "--steps", 256, "--out", tmp_path]
     assert cli("train.py", *given)[0] == 0
-    checks = json.loads((tmp_path / "history.json").read_text())["checks"]
-    assert [check["kept"] for check in checks] == [True, True, False, False]
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [check["kept"] for check in history["checks"]] == kept and history["finished"]
 
 
 def test_images_in_the_run_folder_are_not_deleted(demo, cli, tmp_path):

@@ -129,8 +129,9 @@ def parse(argv: list[str] | None) -> Namespace:
     tuning.add_argument("--steps", type=number(int, 0, 10**7), default=512, metavar="N",
                         help="at most; 0 is the frozen network (default: 512)")
     tuning.add_argument("--patience", type=number(int, 1, 10**6), default=3, metavar="N",
-                        help="stop after N checks without a gain; there is one after 32 steps "
-                             "and each time their number has doubled (default: 3)")
+                        help="stop after N checks without a gain, those worse than the frozen "
+                             "network counted twice; there is one after 32 steps and each time "
+                             "their number has doubled (default: 3)")
     tuning.add_argument("--augmentations", nargs="+", choices=list(AUGMENTATIONS),
                         default=list(AUGMENTATIONS), metavar="NAME",
                         help=f"what the validator judges by (default: {' '.join(AUGMENTATIONS)})")
@@ -282,7 +283,8 @@ def select(folds: list[Fold], args: Namespace, device: torch.device, state: dict
             save(folds[0].detector, args.out, new=not checks)
         checks.append(summary(records, found, kept[0]) | {"kept": better})
         print(line(checks[-1]), flush=True)
-        state["since"] = 0 if better else state["since"] + 1
+        worse = kept[0].is_better_than(found)  # than the frozen network: counts twice
+        state["since"] = 0 if better else state["since"] + 1 + worse
         if state["since"] >= args.patience or checks[-1]["step"] == args.steps:
             break
         write_history(args.out, history, checks, finished=False)
