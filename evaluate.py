@@ -375,7 +375,7 @@ def measure(samples: list[Sample], labels: Tensor, scored: Scored) -> dict:
 
 
 def measure_verdicts(labels: Tensor, ratios: Tensor) -> dict:
-    """How often images labelled 0 or 1 (N,) are classified wrongly by a ratio to the threshold (N,).
+    """How often images labelled 0 or 1 (N,) are classified wrongly by ratios to a threshold (N,).
 
     The share of normal images classified as anomalous, of anomalous ones as normal, and
     F1 = 2 hits / (2 hits + misses + false alarms); in [0, 1], None where there are no such images,

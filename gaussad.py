@@ -923,9 +923,9 @@ def augmix(images: Tensor) -> Tensor:
 def _boxes(images: Tensor) -> Tensor:
     """Where a square about a random centre lies, cut at the border: (B, 1, H, W) bool.
 
-    Its area is 0.2 to 10 % of the image's, log-uniform, before it is cut. Both papers take larger ones, as they are
-    to make a classifier robust; here those are told from normal images at once, frozen or
-    fine-tuned, and so tell nothing (our choice).
+    Its area is 0.2 to 10 % of the image's, log-uniform, before it is cut. Both papers take larger
+    ones, as they are to make a classifier robust; here those are told from normal images at once,
+    frozen or fine-tuned, and so tell nothing (our choice).
     """
     share = torch.empty(len(images), 1).uniform_(math.log(0.002), math.log(0.1)).exp()
     inside = []
@@ -951,8 +951,9 @@ class Validation:
     def pooled(cls, folds: Sequence[Validation]) -> Validation:
         """Of several validators, each with held-out images of its own.
 
-        The AUROCs are means over folds, weighted by their images, as scores of different detectors are not compared. The
-        detectors share images they are fitted to, so that standard errors come out a little small.
+        The AUROCs are means over folds, weighted by their images, as scores of different detectors
+        are not compared. The detectors share images they are fitted to, so that standard errors
+        come out a little small.
         """
         n = [len(fold.separation) for fold in folds]
         aurocs = {name: [fold.auroc[name] for fold in folds] for name in folds[0].auroc}

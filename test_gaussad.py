@@ -1363,7 +1363,7 @@ def test_files_of_others_in_the_run_folder_are_not_replaced(demo, cli, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["scores.csv"]
 
 
-def test_resume_of_another_run_or_with_a_file_of_another_kind_is_refused(few, cli, tmp_path, monkeypatch):
+def test_resume_of_another_run_or_another_file_is_refused(few, cli, tmp_path, monkeypatch):
     given = ["--normal", few, *TINY, "--steps", 0, "--out", tmp_path]
     assert cli("train.py", *given)[0] == 0
     before = (tmp_path / "detector.pt").read_bytes()
