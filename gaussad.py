@@ -779,8 +779,8 @@ class GaussianAD(nn.Module):
 
         threshold       () what a share `quantile` of normal images score below (`tail_quantile`)
         map_threshold   () the same of the maximum of an image's map
-        map_usual       () the (lower) median over images of the 99 % quantile of the map's pixels: with
-                        map_threshold, a scale of colours that is the same for all images
+        map_usual       () the (lower) median over images of the 99 % quantile of the map's pixels:
+                        with map_threshold, a scale of colours that is the same for all images
 
         The scores (N, 3) are those of `held_out_scores`: of this detector, or of several put
         together, each fitted to other images and scoring the rest. An image above a threshold is
