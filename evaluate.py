@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
@@ -268,6 +268,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
     samples = list_samples(args.data, args.category, "test")
     masks = read_masks(samples, detector.image_size[0])
     images = Images([sample.path for sample in samples], detector.image_size[0], args.workers)
+    if args.pictures:
+        refuse_inside(out / "pictures", images.paths)
     scored = score(detector, images, args.batch_size, device)
     labels = torch.tensor([sample.label for sample in samples])
     metrics = {**measure(samples, labels, scored), **measure_maps(scored.maps, masks),
@@ -299,6 +301,8 @@ def score_own(args: argparse.Namespace, device: torch.device) -> None:
     detector = load_detector(args.model, device)
     images = Images(list_images(args.images), detector.image_size[0], args.workers)
     out = args.out or args.model.parent / "scored"
+    if args.pictures:
+        refuse_inside(out / "pictures", images.paths)
     make_folder(out)
     scored = score(detector, images, args.batch_size, device, keep_maps=args.pictures)
     write_scores(out / "scores.csv", images.paths, {}, scored)
@@ -504,14 +508,8 @@ CAPTION = 28  # height of the caption in pixels
 
 def write_pictures(folder: Path, detector: GaussianAD, names: list[str], images: Images,
                    scored: Scored, masks: list[Tensor | None]) -> list[Path]:
-    """A picture <name>.png of each image, in place of those of an earlier evaluation; the files.
-
-    Mostly, the images are in memory still.
-    """
-    refuse_inside(folder, images.paths)
+    """A picture <name>.png of each image; the files. Mostly, the images are in memory still."""
     folder.mkdir(exist_ok=True)
-    for earlier in folder.glob("[0-9][0-9][0-9][0-9]*_*.png"):
-        earlier.unlink()
     files = [folder / f"{name}.png" for name in names]
     decoded = chain.from_iterable(images.batches(SHEET))
     for i, image in enumerate(decoded):
@@ -521,8 +519,13 @@ def write_pictures(folder: Path, detector: GaussianAD, names: list[str], images:
 
 
 def picture_names(names: list[str]) -> list[str]:
-    """Numbered, as two images may have one name, and cut, as a file's name is 255 bytes at most."""
-    return [f"{i:04d}_{name[:50]}" for i, name in enumerate(names)]
+    """Cut, as a file's name is 255 bytes at most, and numbered where two would be the same."""
+    taken, unique = {"misses", "false_alarms"}, []
+    for name in (name[:50] for name in names):
+        numbered = chain([name], (f"{name}_{i}" for i in count(2)))
+        unique.append(next(n for n in numbered if n.lower() not in taken))
+        taken.add(unique[-1].lower())
+    return unique
 
 
 def captioned(detector: GaussianAD, name: str, image: Tensor, scored: Scored, i: int,

@@ -143,7 +143,7 @@ def split_normal(samples: Sequence, seed: int, few: int = 40) -> list[tuple[list
     """Shuffle normal samples by `seed` and hold out a fifth of them: [(fit, held-out)].
 
     Of `few` samples a fifth says little. Where there are fewer, cross-fitting: five such splits
-    (of less than ten samples, as many as hold out two each), which hold out each sample once.
+    (of less than ten samples, as many as hold out two or more each), which hold out each sample once.
     At least four are then to fit, of which a Gaussian needs three, and two held out, for mixing.
     Raises ValueError for fewer than six. The splits are our choice; the paper names none we know.
     """
@@ -837,17 +837,18 @@ class GaussianAD(nn.Module):
                     getattr(detector, name).append(Gaussian(mean, whitening))
             detector.load_state_dict(state, assign=True)
             detector._check(device)
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            raise
         except (AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is not a detector saved by this gaussad.py") from error
         return detector
-
 
     @torch.no_grad()
     def _check(self, device: torch.device | str) -> None:
         """Score a blank image: shapes, sizes and dtypes that do not go together raise an error."""
         if self.image_size is not None:
-            score = self.scores_and_maps(torch.zeros(1, 3, *self.image_size, device=device))[0]
-            if not score.isfinite().all():
+            found = self.scores_and_maps(torch.zeros(1, 3, *self.image_size, device=device))
+            if not all(values.isfinite().all() for values in found):
                 raise ValueError("the network or the Gaussians hold NaN or infinity")
 
 
@@ -866,7 +867,7 @@ def tail_quantile(scores: Tensor, quantile: float) -> float:
     """The value that a share `quantile`, in (0, 1), of future scores stays below; scores (N,).
 
     Few scores do not reach far into the tail, so it is extrapolated. The excess of the highest
-    fifth over the next score u is taken as exponential, the limit for Gaussian-like tails
+    fifth (of fewer than ten scores, two) over the next score u is taken as exponential, the limit for Gaussian-like tails
     (Pickands 1975). Its mean is known from k excesses only; averaged over what it may be, the
     next excess follows P(excess > x) = (1 + x / Σ excess)^-k, and so
 

@@ -67,6 +67,7 @@ from gaussad import (
 
 FIRST_CHECK = 32  # steps: the first few throw the features off, and what is judged then misleads
 ELSEWHERE = {"out", "device", "workers", "resume", "force", "demo"}  # options that change no result
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of processes that torchrun started
 DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "steps": 32, "category": ["demo"]}
 
 
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         make_folder(args.data)
         draw_demo(args.data, args.image_size)
     todo = {str(args.normal): args} if args.normal else runs(args)
-    if "WORLD_SIZE" in os.environ:
+    if TORCHRUN in os.environ:
         return train_share(todo, device)
     done = for_each(todo, lambda args: train(args, device))
     if args.demo:
@@ -144,12 +145,15 @@ def parse(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.demo and (args.data or args.normal or args.category != ["demo"]):
         parser.error("--demo draws its own data: leave out --data, --category and --normal")
+    if args.demo and TORCHRUN in os.environ:
+        parser.error("--demo is for one process: start it without torchrun")
     if args.normal and (args.data or args.category or not args.out):
         parser.error("--normal goes with --out, and without --data and --category")
     if not args.demo and not args.normal and (args.data is None or args.category is None):
         parser.error("--data and --category are needed, or --normal, or --demo")
     if args.demo:
         args.out = args.out or Path("runs/demo")
+    args.augmentations = list(dict.fromkeys(args.augmentations))  # each once
     return args
 
 
@@ -201,6 +205,9 @@ def train(args: Namespace, device: torch.device) -> None:
     if is_finished(args.out, settings) and not args.force:
         print(f"{args.out} is finished; --force trains it anew")
         return
+    if (args.out / "checkpoint.pt").exists() and not (args.resume or args.force):
+        raise ValueError(f"{args.out} holds an interrupted run: --resume goes on with it, --force "
+                         "trains anew")
     state = read_checkpoint(args.out, settings) if args.resume else None
     folds = make_folds(paths, args, device)
     make_run_folder(args.out)
@@ -213,7 +220,7 @@ def train(args: Namespace, device: torch.device) -> None:
     try:
         select(folds, args, device, state, history)
     except KeyboardInterrupt:
-        if (args.out / "checkpoint.pt").exists():
+        if state or "checks" in history:
             print(f"Interrupted: the same command with --resume goes on from the last check in "
                   f"{args.out}")
         raise
@@ -253,13 +260,21 @@ def read_checkpoint(out: Path, settings: dict) -> dict | None:
 
 
 def make_run_folder(out: Path) -> None:
-    """Make the folder, or take over that of an earlier run, which has a detector."""
+    """Make the folder, or take over that of an earlier run, which has a history or a detector."""
     make_folder(out)
-    ours = ("history.json", "metrics.json", "scores.csv", "report.html", "pictures")
-    for path in (out / name for name in ours):
-        if path.exists() and not (out / "detector.pt").exists():
-            raise ValueError(f"{path} would be replaced, and there is no detector.pt to show that "
-                             "it is of an earlier run: remove it, or choose another --out")
+    ours = ("detector.pt", "checkpoint.pt", "history.json", "metrics.json", "scores.csv",
+            "report.html", "pictures")
+    there = [out / name for name in ours if (out / name).exists()]
+    if there and not is_run(out):
+        raise ValueError(f"{there[0]} would be replaced, and is not of an earlier run: remove it, "
+                         "or choose another --out")
+
+
+def is_run(out: Path) -> bool:
+    try:
+        return bool(read_history(out)) or "settings" in load_plain(out / "detector.pt")
+    except ValueError:
+        return False
 
 
 def select(folds: list[Fold], args: Namespace, device: torch.device, state: dict | None,
@@ -290,8 +305,9 @@ def select(folds: list[Fold], args: Namespace, device: torch.device, state: dict
         write_history(args.out, history, checks, finished=False)
         save_plain(state, args.out / "checkpoint.pt")
     write_history(args.out, history, checks, finished=True)
-    for name in ("checkpoint.pt", "detector.new"):  # the latter of a kill while it was saved
-        (args.out / name).unlink(missing_ok=True)
+    killed = [args.out / "detector.new", *args.out.glob(".*.part")]  # while they were saved
+    for path in (args.out / "checkpoint.pt", *killed):
+        path.unlink(missing_ok=True)
 
 
 def write_history(out: Path, history: dict, checks: list[dict], finished: bool) -> None:
@@ -315,10 +331,10 @@ def save(detector: GaussianAD, out: Path, new: bool) -> None:
     os.replace(out / "detector.new", out / "detector.pt")
 
 
-def fine_tune(fold: Fold, args: Namespace, device: torch.device, past: dict, checks: int
+def fine_tune(fold: Fold, args: Namespace, device: torch.device, past: dict, n_checks: int
               ) -> Iterator[tuple[dict, Validation, dict]]:
     """Yield a record and the validation of each check, the detector refitted and judged by then,
-    and what is needed to go on from there, as `past`; so many checks are over already.
+    and what is needed to go on from there, as `past`; n_checks are over already.
 
     Training pulls the features to the Gaussian of the pre-trained network, which stays fixed;
     what is judged has the Gaussian of the features as they are now.
@@ -331,7 +347,7 @@ def fine_tune(fold: Fold, args: Namespace, device: torch.device, past: dict, che
         optimizer.load_state_dict(past["optimizer"])
     stream = endless(fold.images, args.batch_size, torch.Generator().manual_seed(args.seed))
     stream = islice(stream, step, None)  # what was trained on already is drawn again and dropped
-    for check in islice(check_steps(args.steps), checks, None):
+    for check in islice(check_steps(args.steps), n_checks, None):
         start, detector.gaussians = time.perf_counter(), pretrained
         todo = progress(islice(stream, check - step), (check - step) * args.batch_size,
                         f"training to step {check}")
