@@ -10,7 +10,7 @@
 
 Writes runs/<category>/detector.pt and history.json, over those of an earlier run, unless that
 was the same run and finished; never opens the category's test folder. An interrupted run goes on
-from its last check with --resume.
+from its last check with --resume, or begins anew with --force.
 --demo draws a small data set, trains a small backbone on it and evaluates it.
 """
 
