@@ -171,6 +171,11 @@ def refuse_inside(pictures: Path, images: Iterable[Path]) -> None:
                          "another --out")
 
 
+def gain_text(check: dict, of: str = "") -> str:
+    """The gain of J, or `of` the AUROC by its prefix in history.json, with its standard error."""
+    return f"{100 * check[of + 'gain']:+.2f} ± {100 * check[of + 'standard_error']:.2f}"
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write `content` atomically, to be read by programs and by people."""
     with atomic_path(path) as part:
@@ -601,8 +606,7 @@ def write_report(path: Path, category: str, metrics: dict, checks: list[dict], l
                 for defect, value in metrics["image_auroc_per_defect"].items()]
     training = [[check["step"], "-" if check["loss"] is None else f"{check['loss']:.2f}",
                  *(percent(value) for value in check["auroc"].values()),
-                 f"{100 * check['auroc_gain']:+.2f} ± {100 * check['auroc_standard_error']:.2f}",
-                 f"{100 * check['gain']:+.2f} ± {100 * check['standard_error']:.2f}"]
+                 gain_text(check, "auroc_"), gain_text(check)]
                 for check in checks]
     names = list(checks[0]["auroc"]) if checks else []
     parts = [

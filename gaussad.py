@@ -99,10 +99,11 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
     wanted = folder / NORMAL if split == "train" else folder
     if not wanted.is_dir():
         raise ValueError(f"no folder {wanted}: the MVTec AD layout has its {split} images there")
-    folders = [wanted] if split == "train" else _folders_in(wanted)
+    folders = [wanted] if split == "train" else _visible_in(wanted)
     samples = [
         Sample(path, defect.name, _mask_of(root / category, defect.name, path.stem))
         for defect in folders
+        if defect.is_dir()
         for path in _images_in(defect)
     ]
     if not samples:
@@ -124,13 +125,13 @@ def list_images(paths: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _folders_in(folder: Path) -> list[Path]:
-    """Sorted, without hidden ones, such as an editor's."""
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _visible_in(folder: Path) -> list[Path]:
+    """Sorted, without what is hidden, such as an editor's folders."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _images_in(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = _visible_in(folder)
     return [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]
 
 
@@ -142,8 +143,8 @@ def _mask_of(category: Path, defect: str, stem: str) -> Path | None:
 def split_normal(samples: Sequence, seed: int, few: int = 40) -> list[tuple[list, list]]:
     """Shuffle normal samples by `seed` and hold out a fifth of them: [(fit, held-out)].
 
-    Of `few` samples a fifth says little. Where there are fewer, cross-fitting: five such splits
-    (of less than ten samples, as many as hold out two or more each), which hold out each sample once.
+    Of `few` samples a fifth says little. Where there are fewer, cross-fitting: five such splits (of
+    less than ten samples, as many as hold out two or more each), which hold out each sample once.
     At least four are then to fit, of which a Gaussian needs three, and two held out, for mixing.
     Raises ValueError for fewer than six. The splits are our choice; the paper names none we know.
     """
@@ -867,9 +868,9 @@ def tail_quantile(scores: Tensor, quantile: float) -> float:
     """The value that a share `quantile`, in (0, 1), of future scores stays below; scores (N,).
 
     Few scores do not reach far into the tail, so it is extrapolated. The excess of the highest
-    fifth (of fewer than ten scores, two) over the next score u is taken as exponential, the limit for Gaussian-like tails
-    (Pickands 1975). Its mean is known from k excesses only; averaged over what it may be, the
-    next excess follows P(excess > x) = (1 + x / Σ excess)^-k, and so
+    fifth (of fewer than ten scores, two) over the next score u is taken as exponential, the limit
+    for Gaussian-like tails (Pickands 1975). Its mean is known from k excesses only; averaged over
+    what it may be, the next excess follows P(excess > x) = (1 + x / Σ excess)^-k, and so
 
         t = u + Σ excess · ((k / (N (1 - quantile)))^(1/k) - 1),  k scores above u
 

@@ -1279,13 +1279,19 @@ def test_run_that_is_killed_goes_on_to_the_same_bits(demo, cli, tmp_path):
     (killed / ".detector.new.1.part").touch()  # of a kill at another moment
     assert cli("train.py", *given, killed, "--resume")[0] == 0
     assert cli("train.py", *given, whole)[0] == 0
-    a, b = (torch.load(path / "detector.pt")["state"] for path in (whole, killed))
+    assert_same_run(whole, killed)
+    assert sorted(p.name for p in killed.iterdir()) == ["detector.pt", "history.json"]
+
+
+def assert_same_run(*folders):
+    """The same detectors to the bit, and the same history but for its seconds; its checks."""
+    a, b = (torch.load(path / "detector.pt")["state"] for path in folders)
     assert all(torch.equal(a[key], b[key]) for key in a)
-    a, b = (json.loads((path / "history.json").read_text()) for path in (whole, killed))
+    a, b = (json.loads((path / "history.json").read_text()) for path in folders)
     for record in [*a["checks"], *b["checks"]]:
         del record["seconds"]
     assert a["checks"] == b["checks"] and a["best_step"] == b["best_step"]
-    assert sorted(p.name for p in killed.iterdir()) == ["detector.pt", "history.json"]
+    return a["checks"]
 
 
 @pytest.fixture(scope="module")
@@ -1313,8 +1319,8 @@ def test_few_images_are_judged_and_thresholds_taken_with_each_held_out_once(few,
     saved = GaussianAD.load(tmp_path / "detector.pt")
     assert saved.threshold.item() == pytest.approx(gaussad.tail_quantile(scores, 0.99), rel=1e-6)
     assert saved.map_threshold.item() == pytest.approx(gaussad.tail_quantile(maxima, 0.99), 1e-6)
-    expected = detector.fit([load(sorted(few.iterdir()))])(load(sorted(few.iterdir())))
-    assert torch.allclose(saved(load(sorted(few.iterdir()))), expected, rtol=1e-5)
+    images = load(sorted(few.iterdir()))
+    assert torch.allclose(saved(images), detector.fit([images])(images), rtol=1e-5)
     [check] = json.loads((tmp_path / "history.json").read_text())["checks"]
     assert check["auroc"]["cutmix"] == pytest.approx(np.mean(aurocs), abs=1e-9)
 
@@ -1334,12 +1340,7 @@ def test_interrupted_folds_go_on_to_the_same_bits(few, cli, tmp_path, monkeypatc
     assert code == 130 and "--resume goes on" in output
     assert cli("train.py", *given, tmp_path / "cut", "--resume")[0] == 0
     assert cli("train.py", *given, tmp_path / "whole")[0] == 0
-    a, b = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("cut", "whole"))
-    for record in [*a["checks"], *b["checks"]]:
-        del record["seconds"]
-    assert a["checks"] == b["checks"] and len(a["checks"]) == 3
-    a, b = (torch.load(tmp_path / name / "detector.pt")["state"] for name in ("cut", "whole"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert len(assert_same_run(tmp_path / "whole", tmp_path / "cut")) == 3
 
 
 CHECK = {"step": 0, "loss": None, "auroc": {"mixup": 0.5}, "gain": 0, "standard_error": 0,

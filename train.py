@@ -37,6 +37,7 @@ from evaluate import (
     Parser,
     add_common_options,
     for_each,
+    gain_text,
     make_folder,
     number,
     pick_device,
@@ -293,7 +294,6 @@ def select(folds: list[Fold], args: Namespace, device: torch.device, state: dict
         found = Validation.pooled(found)
         if better := all(found.is_better_than(earlier) for earlier in kept):
             kept.append(found)
-            state["kept"].append(vars(found))
             fit_to_all(folds, args, device)
             save(folds[0].detector, args.out, new=not checks)
         checks.append(summary(records, found, kept[0]) | {"kept": better})
@@ -303,6 +303,7 @@ def select(folds: list[Fold], args: Namespace, device: torch.device, state: dict
         if state["since"] >= args.patience or checks[-1]["step"] == args.steps:
             break
         write_history(args.out, history, checks, finished=False)
+        state["kept"] = [vars(found) for found in kept]
         save_plain(state, args.out / "checkpoint.pt")
     write_history(args.out, history, checks, finished=True)
     killed = [args.out / "detector.new", *args.out.glob(".*.part")]  # while they were saved
@@ -417,15 +418,16 @@ def fit_to_all(folds: list[Fold], args: Namespace, device: torch.device) -> None
     More images make better Gaussians, of maps above all. They also bring a normal image a little
     nearer, so that the thresholds err on the side of fewer false alarms.
     """
-    def held_out(fold: Fold) -> Iterator[torch.Tensor]:
-        return (batch.to(device) for batch in fold.validator.normal.split(args.batch_size))
-
-    first = folds[0]
-    scores = [fold.detector.held_out_scores(held_out(fold)) for fold in folds]
+    first, scores = folds[0], []
+    for fold in folds:
+        held_out = fold.validator.normal.split(args.batch_size)
+        scores.append(fold.detector.held_out_scores(batch.to(device) for batch in held_out))
     first.detector.calibrate(torch.cat(scores))
+    held_out = first.validator.normal.split(args.batch_size)
+    everything = chain(first.images.batches(args.batch_size), held_out)
     total = len(first.images) + len(first.validator.normal)
-    fitting = progress(first.images.batches(args.batch_size), total, "fitting to all")
-    first.detector.fit(chain((batch.to(device) for batch in fitting), held_out(first)))
+    everything = progress(everything, total, "fitting to all")
+    first.detector.fit(batch.to(device) for batch in everything)
 
 
 def heading(augmentations: list[str]) -> str:
@@ -435,13 +437,10 @@ def heading(augmentations: list[str]) -> str:
 
 
 def line(record: dict) -> str:
-    def gain(key: str, error: str) -> str:
-        return f"{100 * record[key]:+10.2f} ± {100 * record[error]:.2f}"
-
     loss = "-" if record["loss"] is None else f"{record['loss']:.2f}"
     aurocs = "".join(f"{100 * value:9.2f}" for value in record["auroc"].values())
     return (f"{record['step']:5d} {loss:>8} {record['seconds']:8.1f}{aurocs}"
-            + gain("auroc_gain", "auroc_standard_error") + gain("gain", "standard_error")
+            f"{gain_text(record, 'auroc_'):>17}{gain_text(record):>17}"
             + "  best so far" * record["kept"])
 
 
