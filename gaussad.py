@@ -1,50 +1,42 @@
 # SPDX-License-Identifier: MIT
 """Transfer Learning Gaussian Anomaly Detection by Fine-tuning Representations, in one module.
 
-Rippel, Chavan, Lei, Merhof: IMPROVE 2022, arXiv 2108.04116. Read it top to bottom as the method:
+Rippel, Chavan, Lei, Merhof: IMPROVE 2022, arXiv 2108.04116. It reads top to bottom as the method:
 
-    1. Data         normal images, split into those to fit and those held out
-    2. Features     the levels φ_l of an ImageNet classifier, pooled over space
-    3. Gaussian     N(μ_l, Σ_l) of each level; Σ_l shrunk by Ledoit-Wolf
-    4. Detector     score(x) = Σ_l d_l(x), d_l² = (φ_l(x) - μ_l)ᵀ Σ_l⁻¹ (φ_l(x) - μ_l);
-                    its mean over normal images is the loss that fine-tunes φ
-    5. Validator    held-out normal images against augmented ones say when to stop
-    6. Metrics      AUROC, AU-PRO
+    1. Data         normal images, a part of them held out
+    2. Features     φ_l, the feature maps of an ImageNet network at several levels l
+    3. Gaussian     N(μ_l, Σ_l) of normal features, Σ_l shrunk by Ledoit-Wolf
+    4. Detector     score(x) = sum_l d_l(x), d_l² = (φ_l(x) - μ_l)ᵀ Σ_l⁻¹ (φ_l(x) - μ_l)
+    5. Validator    held-out normal images against augmented ones: a gain, or forgetting?
+    6. Fine-tuning  lowers the score of normal images, the Gaussian held fixed, while 5 sees a gain
+    7. Metrics      AUROC, AU-PRO
 
-In ten lines, with image batches (B, 3, H, W), uint8 or float in [0, 1], that can be passed over
-again, such as a list or a DataLoader:
-
-    detector = GaussianAD(FeatureExtractor("efficientnet_b4")).fit(batches)
-    optimizer = torch.optim.Adam(detector.parameters(), lr=1e-4)
-    for images in batches:                  # the Gaussian stays as it was fitted
-        optimizer.zero_grad()
-        detector.loss(images).backward()
-        optimizer.step()
-    detector.fit(batches)                   # refit on the fine-tuned features
-    with torch.no_grad():
-        scores = detector(images)           # (B,): the higher, the more anomalous
-
-Nothing here prints (but torchvision, while it downloads) or moves a tensor to another device.
+Docstrings name the source of a step: *abstract* is the paper's, *earlier code* the authors' for
+their earlier paper (IEEE TIM 2021), *ours* what neither says. Nothing here prints.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
 import warnings
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import pairwise
+from functools import partial
+from itertools import count, islice, pairwise
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision import models
@@ -57,127 +49,94 @@ from torchvision.transforms.v2 import functional as F
 
 NORMAL = "good"  # MVTec AD's name for the folder of normal images
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-CACHE_BYTES = 4 * 2**30  # decoded images that one `Images` keeps in memory, at most
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image file of a data set in the MVTec AD layout."""
+class Sample(NamedTuple):
+    """One image of a data set in the MVTec AD layout."""
 
     path: Path
-    defect: str  # name of the folder the image lies in; "good" for a normal image
+    defect: str  # the folder that it lies in; "good" for a normal image
     mask: Path | None  # where its defect is, if the data set says so
-
-    @property
-    def label(self) -> int:
-        """0 for a normal image, 1 for an anomalous one."""
-        return int(self.defect != NORMAL)
 
 
 def list_categories(root: str | Path) -> list[str]:
-    """The names of the folders in `root` that have a train or a test folder, sorted.
-
-    Raises ValueError where `root` is no folder.
-    """
-    if not Path(root).is_dir():
-        raise ValueError(f"no data set at {root}: there is no such folder")
-    folders = [path for split in ("train", "test") for path in Path(root).glob(f"*/{split}")]
-    return sorted({path.parent.name for path in folders if path.is_dir()})
+    """The folders in `root` that have a train or a test folder; ValueError where none has."""
+    folders = [*Path(root).glob("*/train/"), *Path(root).glob("*/test/")]
+    if not folders:
+        raise ValueError(f"no data set at {root}: a category is a folder with train/good in it")
+    return sorted({folder.parent.name for folder in folders})
 
 
 def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
-    """The images of `root/category/split/<defect>/`, sorted by defect and name.
+    """The images of `root/category/split/<defect>/`, "train" or "test", sorted by defect and name.
 
-    `split` is "train" or "test". A mask is `root/category/ground_truth/<defect>/<stem>_mask.png`
-    where that file exists. Raises ValueError where the folders are missing or hold no image.
+    A mask is `root/category/ground_truth/<defect>/<stem>_mask.png`, where that file exists. Raises
+    ValueError where a folder is missing or holds no image.
     """
-    root = Path(root)
-    folder = root / category / split
-    if category not in (categories := list_categories(root)):
-        names = ", ".join(categories) or "none (a category is a folder with train/good in it)"
-        raise ValueError(f"no category {category!r} in {root}; there are: {names}")
-    wanted = folder / NORMAL if split == "train" else folder
-    if not wanted.is_dir():
-        raise ValueError(f"no folder {wanted}: the MVTec AD layout has its {split} images there")
-    folders = [wanted] if split == "train" else _visible_in(wanted)
-    samples = [
-        Sample(path, defect.name, _mask_of(root / category, defect.name, path.stem))
-        for defect in folders
-        if defect.is_dir()
-        for path in _images_in(defect)
-    ]
-    if not samples:
-        raise ValueError(f"no images in {wanted}: it has no file {', '.join(sorted(SUFFIXES))}")
+    if category not in (names := list_categories(root)):
+        raise ValueError(f"no category {category!r} in {root}; there are: {', '.join(names)}")
+    folders = sorted(Path(root, category, split).glob(NORMAL if split == "train" else "[!.]*/"))
+    if not folders:
+        raise ValueError(f"no folder {Path(root, category, split, NORMAL)}: the MVTec AD layout has "
+                         f"its {split} images there")  # fmt: skip
+    samples = []
+    for path in list_images(folders):
+        mask = Path(root, category, "ground_truth", path.parent.name, f"{path.stem}_mask.png")
+        samples.append(Sample(path, path.parent.name, mask if mask.is_file() else None))
     return samples
 
 
 def list_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Image files: those named, and those in the folders named, sorted by name.
+    """The image files that are named, and those in the folders that are named, sorted by name.
 
-    Raises ValueError for a path that does not exist and a folder without an image.
+    Raises ValueError for a path without an image.
     """
     files = []
     for path in map(Path, paths):
-        found = _images_in(path) if path.is_dir() else [path] if path.exists() else []
+        found = [path] if path.is_file() else []
+        if path.is_dir():
+            found = [file for file in sorted(path.glob("[!.]*"))
+                     if file.is_file() and file.suffix.lower() in SUFFIXES]  # fmt: skip
         if not found:
             raise ValueError(f"no images at {path}: give image files, or folders of them")
         files += found
     return files
 
 
-def _visible_in(folder: Path) -> list[Path]:
-    """Sorted, without what is hidden, such as an editor's folders."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+def hold_out(samples: Sequence, seed: int = 0) -> tuple[list, list]:
+    """Normal samples, shuffled by `seed`: (those to fit, those held out).
 
-
-def _images_in(folder: Path) -> list[Path]:
-    files = _visible_in(folder)
-    return [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]
-
-
-def _mask_of(category: Path, defect: str, stem: str) -> Path | None:
-    path = category / "ground_truth" / defect / f"{stem}_mask.png"
-    return path if path.is_file() else None
-
-
-def split_normal(samples: Sequence, seed: int, few: int = 40) -> list[tuple[list, list]]:
-    """Shuffle normal samples by `seed` and hold out a fifth of them: [(fit, held-out)].
-
-    Of `few` samples a fifth says little. Where there are fewer, cross-fitting: five such splits (of
-    less than ten samples, as many as hold out two or more each), which hold out each sample once.
-    At least four are then to fit, of which a Gaussian needs three, and two held out, for mixing.
-    Raises ValueError for fewer than six. The splits are our choice; the paper names none we know.
+    Held out are a fifth, but 16 at least, or half of them where that is less (*ours*). Raises
+    ValueError for fewer than six: a Gaussian needs three.
     """
     n = len(samples)
     if n < 6:
         raise ValueError(f"{n} normal images are too few: 6 are needed at the least")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    parts = np.array_split(order, min(5, n // 2))
-
-    def split(k: int) -> tuple[list, list]:
-        fit = np.concatenate(parts[:k] + parts[k + 1 :])
-        return [samples[i] for i in fit], [samples[i] for i in parts[k]]
-
-    return [split(k) for k in range(len(parts) if n < few else 1)]
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    first = min(max(math.ceil(n / 5), 16), n // 2)
+    return [samples[i] for i in shuffled[first:]], [samples[i] for i in shuffled[:first]]
 
 
 def load_image(path: str | Path, size: int) -> Tensor:
     """Read an image of any mode as RGB, upright, resized whole to a square: (3, size, size) uint8.
 
-    The resize is Pillow's bilinear one, which averages over the source pixels when it shrinks;
-    no crop and no padding, so that nothing of the part is lost (our choice). 16-bit images keep
-    their whole range: 0..65535 becomes 0..255. Raises ValueError, naming the file, if it cannot.
+    Bilinear, averaging over the source pixels; no crop, so that nothing of the part is lost
+    (*earlier code*). Of 16-bit images 0..65535 becomes 0..255. Raises ValueError, naming the file.
     """
     with _opened(path) as file:
-        image = _to_rgb(ImageOps.exif_transpose(file))
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no known range; save as 8 or 16 bits")
+        image = image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
         return F.pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def load_mask(path: str | Path, size: int) -> Tensor:
-    """Read where a defect is, all that is not black, resized by nearest neighbour: (size, size)
-    bool.
+    """Read where a defect is, all that is not black, by nearest neighbour: (size, size) bool.
 
-    Raises ValueError, naming the file, if it cannot.
+    Raises ValueError, naming the file.
     """
     with _opened(path) as file:
         mask = file.convert("L").resize((size, size), Image.Resampling.NEAREST)
@@ -192,168 +151,77 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except MemoryError:
         raise
     except Exception as error:  # a decoder raises whatever it likes on a broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"cannot read the image {path}: {reason}") from error
+        raise ValueError(f"cannot read the image {path}: {error or type(error)}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers of unknown range; save as 8 or 16 bits")
-    if image.mode == "P":  # a palette may carry transparency, which goes through RGBA
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-class Images:
-    """The images of some files as uint8 batches, decoded by threads ahead of their use.
-
-    Decoded images are kept for the next pass, up to CACHE_BYTES, the least recently used first
-    to go. Threads, not processes: Pillow decodes and resizes outside Python's lock, one cache
-    serves all, and an error in a file reaches the caller as it was raised.
-    """
-
-    def __init__(self, paths: Sequence[str | Path], size: int, workers: int = 2) -> None:
-        self.paths, self.size, self.workers = list(paths), size, workers
-        fitting = CACHE_BYTES // (3 * size * size)
-        self._load = lru_cache(fitting)(lambda index: load_image(self.paths[index], size))
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def batches(self, batch_size: int, shuffle: torch.Generator | None = None) -> Iterator[Tensor]:
-        """Yield every image once in batches (B, 3, size, size), in an order drawn by `shuffle`."""
-        n = len(self)
-        order = range(n) if shuffle is None else torch.randperm(n, generator=shuffle).tolist()
-        todo = deque(order[i : i + batch_size] for i in range(0, n, batch_size))
-        ahead = deque()
-        with ThreadPoolExecutor(self.workers) as pool:
-            while todo or ahead:
-                while todo and len(ahead) < 2:  # one batch in use, one being decoded
-                    ahead.append([pool.submit(self._load, i) for i in todo.popleft()])
-                yield torch.stack([future.result() for future in ahead.popleft()])
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends without an error.
-
-    A reader, or a run that is killed, sees the old file or the new one, never a part of one.
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def draw_demo(root: str | Path, size: int = 128, seed: int = 0) -> None:
-    """Draw a small data set in the MVTec AD layout at `root`, category "demo": a perforated disc.
-
-    48 normal images to train; to test, 16 normal ones and 8 of each of three defects, with masks.
-    """
-    rng = np.random.default_rng(seed)
-    plan = [("train", NORMAL, 48), ("test", NORMAL, 16)]
-    plan += [("test", defect, 8) for defect in ("hole_missing", "scratch", "stain")]
-    for split, defect, count in plan:
-        folder = Path(root) / "demo" / split / defect
-        masks = Path(root) / "demo" / "ground_truth" / defect
-        for path in (folder, masks) if defect != NORMAL else (folder,):
-            path.mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            image, mask = _draw_disc(size, defect, rng)
-            image.save(folder / f"{i:03d}.png")
-            if defect != NORMAL:
-                mask.save(masks / f"{i:03d}_mask.png")
-
-
-def _draw_disc(size: int, defect: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """A disc with six holes, turned at random and lit a little differently each time."""
-    metal, dark = (int(v + rng.normal(0, 4)) for v in (170, 40))
-    image, mask = Image.new("L", (size, size), dark), Image.new("L", (size, size), 0)
-    centre, turn = size / 2 + rng.normal(0, size / 100, 2), rng.uniform(0, np.pi / 3)
-    angles = turn + np.arange(6) * np.pi / 3
-    holes = centre + 0.26 * size * np.stack([np.cos(angles), np.sin(angles)], 1)
-    ImageDraw.Draw(image).circle(tuple(centre), 0.42 * size, fill=metal)
-    for i, hole in enumerate(holes):
-        where = mask if defect == "hole_missing" and i == 0 else image
-        ImageDraw.Draw(where).circle(tuple(hole), 0.07 * size, fill=255 if where is mask else dark)
-    place = centre + rng.uniform(-0.15, 0.15, 2) * size
-    if defect == "scratch":
-        end = place + rng.uniform(0.1, 0.2, 2) * rng.choice([-1, 1], 2) * size
-        ImageDraw.Draw(mask).line([*place, *end], fill=255, width=max(1, size // 64))
-    if defect == "stain":
-        ImageDraw.Draw(mask).circle(tuple(place), rng.uniform(0.03, 0.06) * size, fill=255)
-    if defect in ("scratch", "stain"):
-        image.paste(metal - 50, mask=mask)
-    pixels = np.asarray(image) + rng.normal(0, 4, (size, size))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask
+def load_images(paths: Sequence[str | Path], size: int, workers: int = 2) -> Tensor:
+    """`load_image` of each, (N, 3, size, size) uint8, by threads: Pillow leaves Python's lock."""
+    if min(len(paths), size, workers) < 1:
+        raise ValueError("the images, their size and the workers are 1 at the least")
+    with ThreadPoolExecutor(workers) as pool:
+        return torch.stack(list(pool.map(partial(load_image, size=size), paths)))
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Features: the levels of an ImageNet classifier
+# 2. Features: the levels of an ImageNet network
 # ------------------------------------------------------------------------------------------------
 
 BACKBONES = tuple(models.list_models(models, ["efficientnet_*", "mobilenet_*", "*resne*"]))
+PROBE = 224  # side of the blank image that tells the shapes of the levels
 
 
 class FeatureExtractor(nn.Module):
-    """The feature maps of some levels of a torchvision classifier.
+    """The feature maps φ_l of some levels of a network.
 
-    backbone    an EfficientNet (B0 to B7, V2), MobileNet (V2, V3) or ResNet, by torchvision's name
-    levels      counted from 1. Level i is the output of the i-th child of torchvision's `features`
-                (nine in EfficientNet-B4), or of a ResNet's stem and four stages. By default those
-                of stride 16 or more: earlier ones see light and pose rather than the part (our
-                choice; the authors' earlier paper, IEEE TIM 2021, sums all nine of B4, of which
-                level 7 alone is better). Of a MobileNet, whose children are single blocks, the
-                last block of each stage
-    weights     "imagenet": torchvision's IMAGENET1K_V1, downloaded on first use; "random":
-                torchvision's initialisation; else the path of a state dict of the backbone, which
-                may lack the classifier
+    backbone    torchvision's name of an EfficientNet, MobileNet or ResNet (*abstract*: pre-trained
+                on ImageNet); or one's own network, as stages that are each fed by the one before
+    levels      counted from 1: the children of torchvision's `features`, a ResNet's stem and four
+                stages, or one's own stages. By default those of stride 16 and more, of equal shapes
+                in a row the last (*ours*: earlier ones see light and pose; *earlier code*: all)
+    weights     "imagenet": IMAGENET1K_V1, downloaded on first use; "random"; or the path of a state
+                dict, which may lack the classifier. One's own network brings its weights
+    mean, std   per channel, of the images in [0, 1] that one's own network was trained on
 
-    The network is in evaluation mode always: batch norm keeps its ImageNet statistics, and there
-    is no dropout or stochastic depth while fine-tuning (our choice: a Gaussian is fitted on few
-    images, and noise in the features would blur it). Batch norm is then an affine map of each
-    channel, and is folded into the convolution before it: the same features, but training takes
-    half the time. Stages past the last level are dropped.
-    Raises ValueError for an unknown backbone, a level out of range, or weights that do not fit;
-    ConnectionError where the ImageNet weights cannot be had.
+    The network stays in evaluation mode: batch norm keeps its statistics and nothing is dropped out
+    (*ours*: noise would blur a Gaussian of few images). Batch norm is then folded into torchvision's
+    convolutions: the same features, trained up to a third faster. Raises ValueError for an unknown
+    backbone, level or weights that do not fit, ConnectionError where ImageNet's cannot be had.
     """
 
-    def __init__(
-        self,
-        backbone: str = "efficientnet_b4",
-        levels: Sequence[int] | None = None,
-        weights: str | Path = "imagenet",
-    ) -> None:
+    def __init__(self, backbone: str | Sequence[nn.Module] = "efficientnet_b4",
+                 levels: Sequence[int] | None = None, weights: str | Path = "imagenet",
+                 mean: Sequence[float] | None = None,
+                 std: Sequence[float] | None = None) -> None:  # fmt: skip
         super().__init__()
-        if backbone not in BACKBONES:
-            raise ValueError(f"no backbone {backbone!r}; there are: {', '.join(BACKBONES)}")
-        stages = _stages(_classifier(backbone, weights).eval())
-        self.backbone = backbone
-        self.levels = _checked_levels(levels, stages, backbone)
-        self.stages = nn.ModuleList(stages[: self.levels[-1]])
-        _fold_batch_norm(self.stages)
-        preset = models.get_model_weights(backbone)["IMAGENET1K_V1"].transforms()
-        self.register_buffer("mean", torch.tensor(preset.mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1))
+        self.backbone = backbone if isinstance(backbone, str) else None
+        if self.backbone:
+            backbone, mean, std = _torchvision_stages(backbone, weights)
+        if mean is None or std is None:
+            raise ValueError("one's own network needs the mean and std of the images it was fed")
+        self.stages = nn.ModuleList(backbone).eval()
+        self.register_buffer("mean", torch.tensor(mean).float().view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).float().view(3, 1, 1))
+        shapes = self._shapes()
+        self.strides = [PROBE / shape[-1] for shape in shapes]  # of level 1, 2, …
+        if levels is None:
+            last = [shape != following for shape, following in pairwise([*shapes, None])]
+            deep = [round(math.log2(stride)) >= 4 for stride in self.strides]
+            levels = [i + 1 for i in range(len(shapes)) if deep[i] and last[i]]
+        self.levels = sorted(set(map(int, levels)))
+        if not self.levels or self.levels[0] < 1 or self.levels[-1] > len(shapes):
+            raise ValueError(f"this network has the levels 1 to {len(shapes)}, not {levels}")
+        self.stages = self.stages[: self.levels[-1]]
         self.to(memory_format=torch.channels_last)  # same numbers, 1.6 times faster on a CPU
-        self.eval()
 
     def train(self, mode: bool = True) -> FeatureExtractor:
         """Stay in evaluation mode, whatever `mode` a parent module is put in."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """One feature map (B, C_l, H_l, W_l) float32 per level.
+        """One feature map (B, C_l, H_l, W_l) float32 per level, of images (B, 3, H, W) RGB.
 
-        images      (B, 3, H, W) RGB, uint8 in 0..255 or float in [0, 1] (torchvision's convention).
-                    They are normalised here, as the backbone was trained.
-
-        Raises ValueError for another dtype, whose range is not known.
+        They are uint8 in 0..255 or float in [0, 1], and normalised here. Raises ValueError for
+        another dtype, whose range is not known.
         """
         if not images.is_floating_point() and images.dtype != torch.uint8:
             raise ValueError(f"images are uint8, or floating-point in [0, 1], not {images.dtype}")
@@ -366,78 +234,67 @@ class FeatureExtractor(nn.Module):
                 maps.append(x)
         return maps
 
+    @torch.no_grad()
+    def _shapes(self) -> list[tuple[int, ...]]:
+        x, shapes = self.mean.new_zeros(1, 3, PROBE, PROBE), []
+        for stage in self.stages:
+            x = stage(x)
+            shapes.append(tuple(x.shape[1:]))
+        if any(len(shape) != 3 for shape in shapes):
+            raise ValueError(f"stages give feature maps (C, H, W), not {shapes}")
+        return shapes
 
-def _classifier(backbone: str, weights: str | Path) -> nn.Module:
-    if weights == "random":
-        return models.get_model(backbone, weights=None)
+
+def _torchvision_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Module], list, list]:
+    """The stages, and the mean and standard deviation of the images they were trained on."""
+    if backbone not in BACKBONES:
+        raise ValueError(f"no backbone {backbone!r}; there are: {', '.join(BACKBONES)}")
+    network = _network(backbone, weights).eval()
+    if isinstance(network, models.ResNet):
+        stem = nn.Sequential(network.conv1, network.bn1, network.relu)
+        layer1 = nn.Sequential(network.maxpool, network.layer1)
+        stages = [stem, layer1, network.layer2, network.layer3, network.layer4]
+    else:
+        stages = list(network.features)
+    _fold_batch_norm(nn.ModuleList(stages))
+    preset = models.get_model_weights(backbone)["IMAGENET1K_V1"].transforms()
+    return stages, preset.mean, preset.std
+
+
+def _network(backbone: str, weights: str | Path) -> nn.Module:
     if weights == "imagenet":
         try:
             return models.get_model(backbone, weights="IMAGENET1K_V1")
         except Exception as error:  # no network, or a file in torch's cache that is broken
-            raise ConnectionError(
-                f"cannot get the ImageNet weights of {backbone} ({error}); give the path of "
-                "a state dict as weights, or 'random' to try things out"
-            ) from error
+            raise ConnectionError(f"no ImageNet weights of {backbone} ({error}): give the path of a "
+                                  "state dict, or 'random' to try things out") from error
     network = models.get_model(backbone, weights=None)
-    _load_weights(network, backbone, weights)
+    if weights == "random":
+        _set_batch_norm_by_noise(network)
+    else:
+        _load_weights(network, backbone, weights)
     return network
 
 
+@torch.no_grad()
+def _set_batch_norm_by_noise(network: nn.Module) -> None:
+    """With a mean of 0 and a variance of 1, features of random weights would vanish with depth."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # the statistics of the last batch
+    network.train()(torch.rand(8, 3, 64, 64))
+
+
 def _load_weights(network: nn.Module, backbone: str, path: str | Path) -> None:
-    def needed(state: dict) -> dict:  # all but the classifier and batch norm's step counters
-        unneeded = re.compile(r"(classifier|fc)\.|.*\.num_batches_tracked$")
-        return {k: v for k, v in state.items() if not unneeded.match(str(k))}
-
-    state, wanted = needed(load_plain(path)), needed(network.state_dict())
-    wrong = [k for k in {*state, *wanted} if _shape(state.get(k)) != _shape(wanted.get(k))]
+    unneeded = re.compile(r"(classifier|fc)\.|.*\.num_batches_tracked$")
+    state, wanted = ({k: v for k, v in found.items() if not unneeded.match(str(k))}
+                     for found in (load_plain(path), network.state_dict()))  # fmt: skip
+    shape = lambda value: value.shape if isinstance(value, Tensor) else None
+    wrong = [k for k in {*state, *wanted} if shape(state.get(k)) != shape(wanted.get(k))]
     if wrong:
-        raise ValueError(
-            f"{path} does not hold the weights of {backbone}: {len(wrong)} tensors are missing, "
-            f"unknown or of another shape, {min(map(str, wrong))!r} for one"
-        )
+        raise ValueError(f"{path} does not hold the weights of {backbone}: {len(wrong)} tensors are "
+                         f"missing, unknown or of another shape, {min(map(str, wrong))!r} for one")
     network.load_state_dict(state, strict=False)
-
-
-def _shape(value: object) -> tuple | None:
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def load_plain(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """Read a file of plain tensors and settings with `weights_only`: no code in it is run.
-
-    Raises ValueError, naming the file, where it is missing or anything else than a dict so saved.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about files it did not write
-            content = torch.load(path, map_location=device, weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # the unpickler raises whatever it likes on other files
-        raise ValueError(f"{path} is not a file of tensors saved by torch.save") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
-    return content
-
-
-def save_plain(content: dict, path: str | Path) -> None:
-    """Write tensors and settings atomically to `path`, to be read by `load_plain`.
-
-    Raises OSError where the file cannot be written; the old one then stays.
-    """
-    try:
-        with atomic_path(path) as part:
-            torch.save(content, part)
-    except RuntimeError as error:  # torch's, where a folder is missing or a disk is full
-        raise OSError(f"cannot write {path}: is the disk full?") from error
-
-
-def _stages(network: nn.Module) -> list[nn.Module]:
-    if isinstance(network, models.ResNet):
-        stem = nn.Sequential(network.conv1, network.bn1, network.relu)
-        layer1 = nn.Sequential(network.maxpool, network.layer1)
-        return [stem, layer1, network.layer2, network.layer3, network.layer4]
-    return list(network.features)
 
 
 def _fold_batch_norm(module: nn.Module) -> None:
@@ -451,31 +308,6 @@ def _fold_batch_norm(module: nn.Module) -> None:
         _fold_batch_norm(child)
 
 
-def _checked_levels(levels: Sequence[int] | None, stages: list, backbone: str) -> list[int]:
-    n = len(stages)
-    levels = _default_levels(stages, backbone) if levels is None else sorted(set(levels))
-    if not levels or levels[0] < 1 or levels[-1] > n:
-        raise ValueError(f"levels of {backbone} are 1 to {n}, not {levels}")
-    return levels
-
-
-def _default_levels(stages: list, backbone: str) -> list[int]:
-    levels = [i for i, stride in enumerate(_strides(stages), start=1) if stride >= 16]
-    if backbone.startswith("mobilenet"):  # a stage is a run of equal widths
-        width = [stage.out_channels for stage in stages] + [0]
-        levels = [i for i in levels if width[i - 1] != width[i]]
-    return levels
-
-
-@torch.no_grad()
-def _strides(stages: Sequence[nn.Module]) -> list[int]:
-    strides, x = [], next(stages[0].parameters()).new_zeros(1, 3, 64, 64)
-    for stage in stages:
-        x = stage(x)
-        strides.append(64 // x.shape[-1])
-    return strides
-
-
 # ------------------------------------------------------------------------------------------------
 # 3. Gaussian: mean, Ledoit-Wolf covariance, Mahalanobis distance
 # ------------------------------------------------------------------------------------------------
@@ -486,102 +318,80 @@ class DegenerateError(ValueError):
 
 
 class Moments:
-    """The sums that a mean and a Ledoit-Wolf covariance need, from batches, in constant memory.
+    """The sums that a mean and a Ledoit-Wolf covariance need, one batch at a time, float64.
 
-    With y = x - μ, over all n samples x in R^C added so far, float64:
-
-        mean    μ               (..., C)        cubic       Σ ‖y‖² y    (..., C)
-        scatter Σ y yᵀ          (..., C, C)     quartic     Σ ‖y‖⁴      (...)
-
-    The cubic sum is there because moving μ changes the quartic one by it. The sums stay central
-    all along, so that a large common offset in the data costs no digits, and neither the size nor
-    the order of the batches matters beyond rounding. Leading dimensions are independent Gaussians.
+    Of z = x - o, with the origin o the mean of the first batch: Σ z, Σ z zᵀ, Σ ‖z‖² z, Σ ‖z‖⁴. A
+    common offset costs no digits; a mean a hundred standard deviations from o, half of the
+    shrinkage's. Leading dimensions are independent Gaussians.
     """
 
-    count = 0
+    def __init__(self) -> None:
+        self.count, self.total, self.scatter, self.cubic, self.quartic = 0, 0, 0, 0, 0
 
     def add(self, samples: Tensor) -> Moments:
-        """Add samples (..., N, C). Returns self. Raises ValueError on NaN or infinity."""
+        """Add samples (..., N, C). Returns self. Raises DegenerateError on NaN or infinity."""
+        if not samples.isfinite().all():
+            raise DegenerateError("the features have NaN or infinite entries: no Gaussian fits them")
         if samples.shape[-2] == 0:
             return self
-        if not samples.isfinite().all():
-            raise DegenerateError("the samples have NaN or infinite entries: no Gaussian fits them")
         x = samples.to(torch.float64)
         if self.count == 0:
-            self._start(x)
-        self.count += x.shape[-2]
-        mean = self.mean + (x - self.mean.unsqueeze(-2)).sum(-2) / self.count
-        moved = self._move_to(mean, self.count - x.shape[-2])
-        y = x - mean.unsqueeze(-2)  # (..., N, C)
-        squares = y.square().sum(-1, keepdim=True)  # (..., N, 1)
-        self.cubic += (squares * y).sum(-2)
+            self.origin = x.mean(-2)
+        z = x - self.origin.unsqueeze(-2)
+        squares = z.square().sum(-1, keepdim=True)  # (..., N, 1)
+        self.count += z.shape[-2]
+        self.total += z.sum(-2)
+        self.scatter += z.mT @ z  # in place: a map's takes hundreds of megabytes
+        self.cubic += (squares * z).sum(-2)
         self.quartic += squares.square().sum((-2, -1))
-        rows = torch.cat([y, moved.unsqueeze(-2)], -2)
-        self.scatter += rows.mT @ rows  # in place: a map's scatter takes hundreds of megabytes
         return self
 
-    def _start(self, x: Tensor) -> None:
-        self.mean, self.cubic = x.new_zeros(x[..., 0, :].shape), x.new_zeros(x[..., 0, :].shape)
-        self.quartic = x.new_zeros(x.shape[:-2])
-        self.scatter = x.new_zeros(*x.shape[:-2], x.shape[-1], x.shape[-1])
-
-    def _move_to(self, mean: Tensor, n: int) -> Tensor:
-        """Express the sums of n samples by y + s, s = μ - mean, with Σ y = 0 to simplify them.
-
-        All but the scatter, to which n s sᵀ is still to be added: returns √n s.
-        """
-        s = self.mean - mean  # (..., C)
-        trace = self.scatter.diagonal(dim1=-2, dim2=-1).sum(-1)
-        scatter_s = (self.scatter @ s.unsqueeze(-1)).squeeze(-1)
-        ss = s.square().sum(-1)
-        self.quartic += (
-            4 * (s * (self.cubic + scatter_s)).sum(-1) + 2 * ss * trace + n * ss.square()
-        )
-        self.cubic += 2 * scatter_s + (trace + n * ss).unsqueeze(-1) * s
-        self.mean = mean
-        return math.sqrt(n) * s
+    @property
+    def mean(self) -> Tensor:
+        """μ = o + Σ z / n, (..., C)."""
+        return self.origin + self.total / self.count
 
     def ledoit_wolf(self) -> tuple[Tensor, Tensor]:
         """The shrunk covariance (..., C, C) and the shrinkage (...) in [0, 1] of the samples added.
 
         Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance
-        matrices", section 3.2, where the norm is ‖A‖² = tr(A Aᵀ) / C:
+        matrices", section 3.2 (*earlier code*); with y = x - μ and ‖A‖² = tr(A Aᵀ) / C
 
             S = Σ y yᵀ / n,  m = tr(S) / C,  d² = ‖S - m I‖²
             b² = min(d², Σ_k ‖y_k y_kᵀ - S‖² / n²)
             covariance = (b²/d²) m I + (1 - b²/d²) S
 
-        Constant features get the variance (b²/d²) m. Where all are constant, the covariance and
-        the shrinkage are 0, up to rounding; with two samples the shrinkage is 0. Raises ValueError
-        for one sample.
+        With two samples the shrinkage is 0. Raises ValueError for fewer.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs two samples at least, not {self.count}")
-        n, c = self.count, self.mean.shape[-1]
-        covariance = self.scatter / n  # S, until it is shrunk in place: it can be large
-        m = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
-        s2 = torch.linalg.vector_norm(covariance, dim=(-2, -1)).square() / c  # ‖S‖²
+        n, c = self.count, self.origin.shape[-1]
+        shift = self.total / n  # y = z - shift
+        s = self.scatter / n - shift.unsqueeze(-1) * shift.unsqueeze(-2)
+        m = s.diagonal(dim1=-2, dim2=-1).mean(-1)
+        s2 = torch.linalg.vector_norm(s, dim=(-2, -1)).square() / c  # ‖S‖²
         d2 = s2 - m.square()  # ‖S - m I‖²
-        b2 = (self.quartic / (n * c) - s2) / n
+        b2 = (self._quartic_about_mean(shift) / (n * c) - s2) / n
         shrinkage = torch.where(d2 > 0, b2.clamp(min=0).minimum(d2) / d2, 0)
-        covariance *= (1 - shrinkage)[..., None, None]
-        covariance.diagonal(dim1=-2, dim2=-1).add_((shrinkage * m).unsqueeze(-1))
-        return covariance, shrinkage
+        s *= (1 - shrinkage)[..., None, None]
+        s.diagonal(dim1=-2, dim2=-1).add_((shrinkage * m).unsqueeze(-1))
+        return s, shrinkage
+
+    def _quartic_about_mean(self, shift: Tensor) -> Tensor:
+        """Σ ‖z - s‖⁴ = Σ ‖z‖⁴ + 4 sᵀ (Σ z zᵀ s - Σ ‖z‖² z) + 2 ‖s‖² Σ ‖z‖² - 3 n ‖s‖⁴."""
+        along = (self.scatter @ shift.unsqueeze(-1)).squeeze(-1)
+        trace, s2 = self.scatter.diagonal(dim1=-2, dim2=-1).sum(-1), shift.square().sum(-1)
+        linear = (shift * (along - self.cubic)).sum(-1)
+        return self.quartic + 4 * linear + 2 * s2 * trace - 3 * self.count * s2.square()
 
 
 def ledoit_wolf(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Ledoit-Wolf covariance (..., C, C) and shrinkage (...) of samples (..., N, C): see Moments.
-
-    Raises ValueError for a single sample, NaN or infinity.
-    """
+    """Ledoit-Wolf covariance (..., C, C) and shrinkage (...) of samples (..., N, C): see Moments."""
     return Moments().add(samples).ledoit_wolf()
 
 
 def whitening_matrix(covariance: Tensor) -> Tensor:
-    """W = L⁻¹ with Σ = L Lᵀ, so that W Σ Wᵀ = I; (..., C, C), by a triangular solve.
-
-    Raises ValueError where the covariance is not positive definite.
-    """
+    """W = L⁻¹ with Σ = L Lᵀ, so that W Σ Wᵀ = I: (..., C, C). Raises DegenerateError."""
     factor, info = torch.linalg.cholesky_ex(covariance)
     if info.any() or not factor.isfinite().all():
         raise DegenerateError("the covariance is not positive definite")
@@ -592,8 +402,7 @@ def whitening_matrix(covariance: Tensor) -> Tensor:
 class Gaussian(nn.Module):
     """N(μ, Σ) as its mean (..., C) and whitening matrix (..., C, C), float64 buffers.
 
-    Leading dimensions are independent Gaussians: none for pooled features, (h, w) for a feature map
-    with a Gaussian at each location.
+    Leading dimensions are independent Gaussians: (h, w) where each location of a map has its own.
     """
 
     def __init__(self, mean: Tensor, whitening: Tensor) -> None:
@@ -605,18 +414,12 @@ class Gaussian(nn.Module):
     def fit(cls, moments: Moments, floor: float = 0.0, covariance: str = "full") -> Gaussian:
         """The Gaussian of the samples in `moments`, its covariance shrunk by Ledoit-Wolf.
 
-        floor       this share of the mean variance over all features and leading dimensions is
-                    added to each variance: a location that is blank in all images has none of its
-                    own, and no distance without
+        floor       share of the mean variance, over features and leading dimensions, that is added
+                    to each variance (*ours*)
+        covariance  "full"; for comparison "diagonal" alone, or "identity": a Euclidean distance
 
-        covariance  "full"; for comparison "diagonal", its diagonal alone, or "identity", with which
-                    the distance is the Euclidean one to the mean
-
-        But for the identity, the scale of the features changes no distance beyond rounding, at
-        least from 1e-6 to 1e6.
-
-        Raises ValueError for fewer than three samples (of two, y_k y_kᵀ = S, and so the shrinkage
-        is 0 and S singular), and where their spread is no more than float32's rounding.
+        Raises ValueError for fewer than three samples (of two, S is singular and not shrunk) and
+        DegenerateError where their spread is no more than float32's rounding.
         """
         if moments.count < 3:
             raise ValueError(f"a Gaussian needs three samples at least, not {moments.count}")
@@ -626,17 +429,13 @@ class Gaussian(nn.Module):
         rounding = torch.finfo(torch.float32).eps ** 2 * moments.mean.square().mean(-1)
         if (diagonal.mean(-1) <= rounding).any():
             raise DegenerateError("the features do not vary: are the images all the same?")
-        if covariance == "diagonal":
-            sigma = torch.diag_embed(diagonal)
-        if covariance == "identity":
-            sigma = torch.diag_embed(torch.ones_like(diagonal))
+        if covariance != "full":
+            sigma = torch.diag_embed(diagonal if covariance == "diagonal" else diagonal**0)
         return cls(moments.mean, whitening_matrix(sigma))
 
     def distance(self, features: Tensor) -> Tensor:
-        """Mahalanobis distance d = ‖W (x - μ)‖ = √((x - μ)ᵀ Σ⁻¹ (x - μ)) of (B, ..., C): (B, ...).
-
-        float64; its gradient at x = μ, where the root has none, is 0.
-        """
+        """Mahalanobis distance d = ‖W (x - μ)‖ = √((x - μ)ᵀ Σ⁻¹ (x - μ)) of (B, ..., C): (B, ...)
+        float64, and not its square (*earlier code*). Its gradient at x = μ is 0."""
         centred = features.to(self.mean.dtype) - self.mean
         whitened = torch.einsum("...ij,b...j->b...i", self.whitening, centred)
         return torch.linalg.vector_norm(whitened, dim=-1)
@@ -646,238 +445,225 @@ class Gaussian(nn.Module):
 # 4. Detector
 # ------------------------------------------------------------------------------------------------
 
-
 COVARIANCES = ("full", "diagonal", "identity")
-MAP_FLOOR = 1e-3  # of the mean variance, added at every location of a map (our choice)
+MAP_FLOOR = 1e-1  # of the mean variance, added at every location of a map (ours)
 
 
 class GaussianAD(nn.Module):
     """Gaussian anomaly detection: a feature extractor, one Gaussian per level, and for the anomaly
     map one Gaussian per location of some levels.
 
-    Images are what FeatureExtractor takes, on the detector's device, all of one size. That is a
-    CPU or a CUDA GPU, and `.half()` or `.float()` would take the Gaussians out of float64. On a GPU
-    switch TF32 off where scores are made (`torch.backends.cudnn.allow_tf32 = False`): the
-    directions of least variance carry the signal, and they are the first that rounding drowns.
-
-    map_levels      levels of the extractor that make the anomaly map; by default those of stride
-                    16 (or nearest to it): coarser ones lose the place, finer ones know the texture
-                    but not the part. The Gaussians of a level take 8 h w C² bytes
-
+    map_levels      levels that make the anomaly map; by default those of stride 16, or nearest to
+                    it (*ours*). The Gaussians of a level take 8 h w C² bytes
     covariance      "full", "diagonal" or "identity": see `Gaussian.fit`
 
-    Raises ValueError for a map level that the extractor has not, or another covariance.
+    Images are what FeatureExtractor takes, all of one size, on the detector's device. Raises
+    ValueError for a map level that the extractor has not, or another covariance.
     """
 
-    def __init__(
-        self,
-        extractor: FeatureExtractor,
-        map_levels: Sequence[int] | None = None,
-        covariance: str = "full",
-    ) -> None:
+    def __init__(self, extractor: FeatureExtractor, map_levels: Sequence[int] | None = None,
+                 covariance: str = "full") -> None:  # fmt: skip
         super().__init__()
         if covariance not in COVARIANCES:
             raise ValueError(f"covariance is one of {', '.join(COVARIANCES)}, not {covariance!r}")
+        if map_levels is None:
+            off = {i: abs(math.log2(extractor.strides[i - 1] / 16)) for i in extractor.levels}
+            map_levels = [i for i in off if off[i] == min(off.values())]
+        self.map_levels = sorted(set(map(int, map_levels)))
+        if not self.map_levels or not set(self.map_levels) <= set(extractor.levels):
+            raise ValueError(f"map levels {map_levels} are not among {extractor.levels}")
         self.extractor, self.covariance = extractor, covariance
-        self.map_levels = _checked_map_levels(map_levels, extractor)
-        self.gaussians = nn.ModuleList()  # one per level, once fitted
-        self.map_gaussians = nn.ModuleList()  # one per map level, each (h, w) Gaussians
+        self.gaussians = nn.ModuleDict()  # "pooled l" and "map l", of each level l, once fitted
         self.image_size: list[int] | None = None  # [H, W] of the images it was fitted to
-        self._set_calibration(math.nan, math.nan, math.nan)
+        self.register_buffer("held_out", torch.zeros(0, 2, dtype=torch.float64))  # see calibrate
+
+    def _features(self, images: Tensor, maps: bool = True) -> dict[str, Tensor]:
+        """What each Gaussian is of: "pooled l" the spatial mean (B, C), "map l" (B, h, w, C)."""
+        found = {}
+        for level, features in zip(self.extractor.levels, self.extractor(images)):
+            found[f"pooled {level}"] = features.mean((-2, -1))
+            if maps and level in self.map_levels:
+                found[f"map {level}"] = features.permute(0, 2, 3, 1)
+        return found
+
+    def fit(self, batches: Iterable, maps: bool = True) -> GaussianAD:
+        """Fit the Gaussians, or all but those of maps, in one pass over normal images. Returns self.
+
+        Batches are images, or (images, label) pairs. What `calibrate` learnt stays. Raises
+        ValueError for fewer than three images or several sizes, DegenerateError for features that
+        are not finite or do not vary.
+        """
+        return self._fit_to(self._add(batches, defaultdict(Moments), maps))
+
+    def fit_and_calibrate(self, batches: Iterable, held_out: Tensor) -> GaussianAD:
+        """Fit to normal images, `calibrate` by those held out, then fit to both. Returns self.
+
+        More images make better Gaussians, of maps above all; thresholds then err on the side of
+        fewer false alarms (*ours*).
+        """
+        moments = self._add(batches, defaultdict(Moments))
+        self._fit_to(moments).calibrate(held_out.split(16))
+        return self._fit_to(self._add(held_out.split(16), moments))
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor]) -> GaussianAD:
-        """Fit all Gaussians to normal images in one pass, in constant memory. Returns self.
+    def _add(self, batches: Iterable, moments: dict, maps: bool = True) -> dict[str, Moments]:
+        for images in images_of(batches, self.held_out.device):
+            self.image_size = list(images.shape[-2:])
+            for name, features in self._features(images, maps).items():
+                moments[name].add(features.movedim(0, -2))
+        return moments
 
-        What `calibrate` stored stays, so that thresholds can be had from images held out, and the
-        Gaussians then be fitted to all. Raises ValueError for fewer than three images, images of
-        several sizes, or features that are not finite or do not vary.
-        """
-        pooled, located = defaultdict(Moments), defaultdict(Moments)
-        size = None
-        for images in batches:
-            size = size or images.shape[-2:]
-            if images.shape[-2:] != size:
-                sizes = [list(size), list(images.shape[-2:])]
-                raise ValueError(f"images of several sizes, {sizes}: resize them to one")
-            for level, features in zip(self.extractor.levels, self.extractor(images)):
-                pooled[level].add(features.mean((-2, -1)))  # (B, C)
-                if level in self.map_levels:
-                    located[level].add(features.permute(2, 3, 0, 1))  # (h, w, B, C)
-        self.gaussians = self._fit_all(self.extractor.levels, pooled)
-        self.map_gaussians = self._fit_all(self.map_levels, located, MAP_FLOOR)
-        self.image_size = list(size)
+    def _fit_to(self, moments: dict[str, Moments]) -> GaussianAD:
+        self.gaussians = nn.ModuleDict()
+        for name, sums in moments.items():
+            floor = MAP_FLOOR if name.startswith("map") else 0.0
+            self.gaussians[name] = Gaussian.fit(sums, floor, self.covariance)
         return self
 
-    def _fit_all(
-        self, levels: list[int], moments: dict[int, Moments], floor: float = 0.0
-    ) -> nn.ModuleList:
-        gaussians = nn.ModuleList()
-        for level in levels:  # popped, so that a level's sums are gone when the next is computed
-            sums = moments.pop(level, Moments())
-            gaussians.append(Gaussian.fit(sums, floor, self.covariance))
-        return gaussians
-
     def forward(self, images: Tensor) -> Tensor:
-        """Anomaly score of each image: Σ_l d_l, the sum over levels of the distance; (B,) float64.
+        """The paper's score: sum_l d_l, the distances of the spatial means of the levels; (B,)
+        float64 (*earlier code*). Raises ValueError before fit, or for another size of images."""
+        return sum(self._distances(images, maps=False).values())
 
-        Raises ValueError before fit, or for images of another size than the fitted ones.
-        """
-        return self._scores(self._features(images))
+    def loss(self, images: Tensor) -> Tensor:
+        """The mean score of normal images, which fine-tuning minimises, the Gaussian held fixed
+        (*abstract*)."""
+        return self.forward(images).mean()
 
     def anomaly_map(self, images: Tensor) -> Tensor:
-        """Anomaly score of each pixel, (B, H, W) float32, at the size of the images.
-
-        The Mahalanobis distance at each location of a map level to the Gaussian of that location,
-        bilinearly resized to the image and summed over the map levels (our choice; a Gaussian per
-        location is PaDiM's, Defard et al. 2020). Raises ValueError as `forward`.
-        """
-        return self._maps(self._features(images))
+        """Anomaly score of each pixel, (B, H, W) float32: see `scores_and_maps`."""
+        return self.scores_and_maps(images)[1]
 
     def scores_and_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` and `anomaly_map` from one pass through the network: (B,) and (B, H, W)."""
-        features = self._features(images)
-        return self._scores(features), self._maps(features)
+        """The paper's score (B,) float64, as `forward`, and the anomaly map (B, H, W) float32.
 
-    def _features(self, images: Tensor) -> dict[int, Tensor]:
+        A map is the distance at each location of a map level to the Gaussian of that location,
+        bilinearly resized to the image and summed over the map levels (*ours*; a Gaussian per
+        location is PaDiM's, Defard et al. 2020). Raises ValueError as `forward`, or without maps.
+        """
+        distances, scores, maps = self._distances(images, maps=True), 0, 0
+        for name, distance in distances.items():
+            if name.startswith("pooled"):
+                scores = scores + distance
+            else:
+                maps = maps + nn.functional.interpolate(
+                    distance.float().unsqueeze(1), self.image_size, mode="bilinear"
+                )
+        return scores, maps.squeeze(1)
+
+    def _distances(self, images: Tensor, maps: bool) -> dict[str, Tensor]:
         if self.image_size != list(images.shape[-2:]):
             fitted = f"was fitted to {self.image_size}" if self.image_size else "is not fitted"
             raise ValueError(f"images of {list(images.shape[-2:])}, but the detector {fitted}")
-        return dict(zip(self.extractor.levels, self.extractor(images)))
-
-    def _scores(self, features: dict[int, Tensor]) -> Tensor:
-        levels = zip(self.gaussians, features.values())
-        return torch.stack([g.distance(maps.mean((-2, -1))) for g, maps in levels]).sum(0)
-
-    def _maps(self, features: dict[int, Tensor]) -> Tensor:
-        total = 0
-        for level, gaussian in zip(self.map_levels, self.map_gaussians):
-            distance = gaussian.distance(features[level].permute(0, 2, 3, 1))  # (B, h, w)
-            total = total + nn.functional.interpolate(
-                distance.float().unsqueeze(1), self.image_size, mode="bilinear"
-            )
-        return total.squeeze(1)
+        features = self._features(images, maps)
+        if not features.keys() <= self.gaussians.keys():
+            raise ValueError("the detector was fitted without maps")
+        return {name: self.gaussians[name].distance(x) for name, x in features.items()}
 
     @torch.no_grad()
-    def held_out_scores(self, batches: Iterable[Tensor]) -> Tensor:
-        """What `calibrate` needs of held-out normal images, (N, 3) float64 on their device: the
-        score, the maximum of the map, and the 99 % quantile of its pixels.
+    def calibrate(self, batches: Iterable) -> GaussianAD:
+        """Keep the score and the map's maximum of held-out normal images: `held_out`, (N, 2).
+        Returns self.
 
-        Raises ValueError before fit, or where there is no image.
+        `anomaly_score` and the thresholds rest on them. Raises ValueError before fit,
+        DegenerateError for fewer than two images or scores that do not vary.
         """
-        found = []
-        for images in batches:
-            scores, maps = self.scores_and_maps(images)
-            values = maps.flatten(1).sort()[0].double()
-            usual = values[:, int(0.99 * values.shape[1])]
-            found.append(torch.stack([scores, values[:, -1], usual], 1))
-        if not found:
-            raise ValueError("no normal images to calibrate by")
-        return torch.cat(found)
-
-    def calibrate(self, held_out_scores: Tensor, quantile: float = 0.99) -> GaussianAD:
-        """Learn from held-out normal images what is usual. Returns self.
-
-        threshold       () what a share `quantile` of normal images score below (`tail_quantile`)
-        map_threshold   () the same of the maximum of an image's map
-        map_usual       () the (lower) median over images of the 99 % quantile of the map's pixels:
-                        with map_threshold, a scale of colours that is the same for all images
-
-        The scores (N, 3) are those of `held_out_scores`: of this detector, or of several put
-        together, each fitted to other images and scoring the rest. An image above a threshold is
-        classified as anomalous. Raises ValueError as `tail_quantile`.
-        """
-        scores, maxima, usual = held_out_scores.unbind(1)
-        self._set_calibration(
-            tail_quantile(scores, quantile), tail_quantile(maxima, quantile), usual.median().item()
-        )
+        scored = [self.scores_and_maps(images) for images in images_of(batches, self.held_out.device)]
+        held_out = torch.cat([_both(*found) for found in scored])
+        if not (held_out.std(0) > 0).all():
+            raise DegenerateError("calibration needs two held-out images that differ, at the least")
+        self.held_out = held_out
         return self
 
-    def _set_calibration(self, threshold: float, map_threshold: float, map_usual: float) -> None:
-        new = partial(torch.tensor, dtype=torch.float64, device=self.extractor.mean.device)
-        self.register_buffer("threshold", new(threshold))
-        self.register_buffer("map_threshold", new(map_threshold))
-        self.register_buffer("map_usual", new(map_usual))
+    def anomaly_score(self, scores: Tensor, maps: Tensor) -> Tensor:
+        """The one score to rank and to judge by, of what `scores_and_maps` gives: (B,) float64.
 
-    def loss(self, images: Tensor) -> Tensor:
-        """The mean score of normal images, which fine-tuning minimises; the Gaussian is fixed.
-
-        The gradient is finite everywhere, at distance 0 too.
+        The sum of the paper's score, which sees the whole image, and of the map's maximum, which
+        sees one place, each standardised over the held-out normal images: 0 for a usual image
+        (*ours*). Raises ValueError before `calibrate`.
         """
-        return self.forward(images).mean()
+        return self._standardised(_both(scores, maps))
 
-    def save(self, path: str | Path) -> None:
-        """Write tensors and settings, all that `load` needs, atomically to `path`."""
-        settings = {"backbone": self.extractor.backbone, "levels": self.extractor.levels}
-        content = {
-            "settings": settings,
-            "map_levels": self.map_levels,
-            "covariance": self.covariance,
-            "image_size": self.image_size,
-            "state": self.state_dict(),
-        }
-        save_plain(content, path)
+    def _standardised(self, both: Tensor) -> Tensor:
+        if not len(self.held_out):
+            raise ValueError("the detector has no held-out scores: calibrate it first")
+        return ((both - self.held_out.mean(0)) / self.held_out.std(0)).sum(1)
+
+    def threshold(self, false_alarms: float = 0.05) -> float:
+        """The `anomaly_score` that a share, in (0, 1), of normal images is expected to exceed.
+        Raises ValueError before `calibrate`."""
+        return tail_quantile(self._standardised(self.held_out), 1 - false_alarms)
+
+    def map_threshold(self, false_alarms: float = 0.05) -> float:
+        """The value that the maximum of this share of normal maps is expected to exceed."""
+        return tail_quantile(self.held_out[:, 1], 1 - false_alarms)
+
+    def save(self, path: str | Path, **more: object) -> None:
+        """Write all that `load` needs, and `more` plain content, atomically to `path`. Raises
+        OSError where that cannot be written; an old file then stays."""
+        settings = {"backbone": self.extractor.backbone, "levels": self.extractor.levels,
+                    "map_levels": self.map_levels, "covariance": self.covariance}  # fmt: skip
+        save_plain({"detector": settings, "image_size": self.image_size,
+                    "state": self.state_dict(), **more}, path)  # fmt: skip
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> GaussianAD:
+    @torch.no_grad()
+    def load(cls, path: str | Path, device: torch.device | str = "cpu",
+             extractor: FeatureExtractor | None = None) -> GaussianAD:  # fmt: skip
         """Rebuild what `save` wrote, on `device`; nothing is downloaded, no code in it is run.
 
-        A blank image is scored, to see that it works. Raises ValueError where the file is missing
-        or is not a detector.
+        Of one's own network give the extractor, built as it was for training. Raises OSError where
+        the file cannot be read, ValueError where it is not such a detector.
         """
-        content = load_plain(path, device)
+        content = load_plain(path)
         try:
-            with torch.device("meta"):  # no memory and no random numbers for weights to come
-                extractor = FeatureExtractor(**content["settings"], weights="random")
-                detector = cls(extractor, content["map_levels"], content["covariance"])
-            state, detector.image_size = content["state"], content["image_size"]
-            for name, levels in (("gaussians", extractor.levels),
-                                 ("map_gaussians", detector.map_levels)):
-                for i in range(len(levels) if detector.image_size else 0):
-                    mean, whitening = state[f"{name}.{i}.mean"], state[f"{name}.{i}.whitening"]
-                    getattr(detector, name).append(Gaussian(mean, whitening))
+            settings, state = content["detector"], content["state"]
+            if extractor is None:
+                with torch.device("meta"):  # no memory and no random numbers for weights to come
+                    extractor = FeatureExtractor(settings["backbone"], settings["levels"], "random")
+            if extractor.levels != settings["levels"]:
+                raise ValueError("the extractor given has other levels")
+            detector = cls(extractor, settings["map_levels"], settings["covariance"])
+            detector.image_size, detector.held_out = content["image_size"], state["held_out"]
+            for name in {key.split(".")[1] for key in state if key.startswith("gaussians.")}:
+                mean, whitening = (state[f"gaussians.{name}.{of}"] for of in ("mean", "whitening"))
+                detector.gaussians[name] = Gaussian(mean, whitening)
             detector.load_state_dict(state, assign=True)
-            detector._check(device)
-        except (MemoryError, torch.cuda.OutOfMemoryError):
-            raise
+            if detector.image_size:  # what does not go together fails here
+                detector.scores_and_maps(torch.zeros(1, 3, *detector.image_size))
         except (AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is not a detector saved by this gaussad.py") from error
-        return detector
-
-    @torch.no_grad()
-    def _check(self, device: torch.device | str) -> None:
-        """Score a blank image: shapes, sizes and dtypes that do not go together raise an error."""
-        if self.image_size is not None:
-            found = self.scores_and_maps(torch.zeros(1, 3, *self.image_size, device=device))
-            if not all(values.isfinite().all() for values in found):
-                raise ValueError("the network or the Gaussians hold NaN or infinity")
+            raise ValueError(f"{path} is not a detector saved by this gaussad.py, or of one's own "
+                             "network that is not the extractor given") from error
+        return detector.to(device)
 
 
-def _checked_map_levels(levels: Sequence[int] | None, extractor: FeatureExtractor) -> list[int]:
-    if levels is None:
-        strides = _strides(extractor.stages)
-        octaves = {level: abs(math.log2(strides[level - 1] / 16)) for level in extractor.levels}
-        levels = [level for level, off in octaves.items() if off == min(octaves.values())]
-    levels = sorted(set(levels))
-    if not levels or not set(levels) <= set(extractor.levels):
-        raise ValueError(f"map levels {levels} are not among the levels {extractor.levels}")
-    return levels
+def _both(scores: Tensor, maps: Tensor) -> Tensor:
+    """The paper's score (B,) and the maximum of the map (B, H, W), as (B, 2) float64."""
+    return torch.stack([scores, maps.amax((-2, -1)).double()], 1)
+
+
+def images_of(batches: Iterable, device: torch.device | str) -> Iterator[Tensor]:
+    """The images (B, 3, H, W) of batches, or of (images, label) pairs, on the device. Raises
+    ValueError where there are none, or of several sizes."""
+    size = None
+    for batch in batches:
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        size = size or images.shape[-2:]
+        if images.shape[-2:] != size:
+            raise ValueError(f"images of {list(size)} and {list(images.shape[-2:])}: resize them")
+        yield images.to(device)
+    if size is None:
+        raise ValueError("no images, or batches that cannot be iterated again, as a list can")
 
 
 def tail_quantile(scores: Tensor, quantile: float) -> float:
     """The value that a share `quantile`, in (0, 1), of future scores stays below; scores (N,).
 
-    Few scores do not reach far into the tail, so it is extrapolated. The excess of the highest
-    fifth (of fewer than ten scores, two) over the next score u is taken as exponential, the limit
-    for Gaussian-like tails (Pickands 1975). Its mean is known from k excesses only; averaged over
-    what it may be, the next excess follows P(excess > x) = (1 + x / Σ excess)^-k, and so
+    Few scores do not reach far into the tail: where fewer than min(k, 10) lie past the quantile, k
+    being a fifth of them, the excess over the next score u is taken as exponential (*ours*):
 
-        t = u + Σ excess · ((k / (N (1 - quantile)))^(1/k) - 1),  k scores above u
+        t = u + Σ excess · ((k / (N (1 - quantile)))^(1/k) - 1)
 
-    At 99 %, averaged over drawn samples of N from 6 to 200, 0.6 to 1.4 % of future scores lie above
-    t where they are normal, log-normal of σ up to 0.5 or gamma of shape 1 or more; with heavier
-    tails (log-normal of σ = 1) up to 2.1 % (our choice). Where min(k, 10) scores or more lie past
-    the quantile, it is the empirical one.
     Raises ValueError for no scores, NaN, or a quantile out of range.
     """
     if not 0 < quantile < 1 or not len(scores) or scores.isnan().any():
@@ -888,6 +674,64 @@ def tail_quantile(scores: Tensor, quantile: float) -> float:
         return scores.quantile(quantile).item()
     excess = (scores[:k] - scores[k]).sum()
     return (scores[k] + excess * ((k / (n * (1 - quantile))) ** (1 / k) - 1)).item()
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The CPU for "cpu", a GPU for "cuda" (ValueError where there is none), and for "auto" a GPU
+    where there is one. Switches TF32 off: scores rest on the directions of least variance, which
+    its rounding would drown first."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device was found; use the CPU")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def error_line(error: Exception) -> str:
+    """What a user can mend, in one line; any other error is raised again, for its traceback."""
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in str(error):
+        return "out of memory: use smaller batches or smaller images"
+    if not isinstance(error, (ValueError, OSError)):
+        raise error
+    return " ".join(str(error).split())
+
+
+def load_plain(path: str | Path) -> dict:
+    """Read a dict of tensors and settings onto the CPU; no code in the file is run. Raises OSError
+    where it cannot be read, ValueError where it is anything else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about files that it did not write
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # the unpickler raises whatever it likes on other files
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a file saved by torch.save ({reason})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def save_plain(content: dict, path: str | Path) -> None:
+    """Write tensors and settings atomically to `path`. Raises OSError; the old file then stays."""
+    buffer = io.BytesIO()  # torch's own errors do not say what is wrong with a disk
+    torch.save(content, buffer)
+    with atomic_path(path) as part:
+        part.write_bytes(buffer.getbuffer())
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A path beside `path`, to take its place when the block ends without an error: a reader, or a
+    run that is killed, sees the old file or the new one."""
+    part = Path(path).with_name(f".{Path(path).name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -904,17 +748,14 @@ def mixup(images: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 def cutout(images: Tensor) -> Tensor:
-    """Blank a square at a random place (DeVries and Taylor 2017) with the image's mean colour.
-
-    The paper blanks with 0 after normalisation, which is the mean colour of its data set.
-    """
+    """Blank a square at a random place with the image's mean colour (DeVries and Taylor 2017)."""
     blank = images.float().mean((-2, -1), keepdim=True).round().to(images.dtype)
-    return torch.where(_boxes(images), blank, images)
+    return torch.where(_squares(images), blank, images)
 
 
 def cutmix(images: Tensor) -> Tensor:
     """Paste a square of another image at the same place (Yun et al. 2019)."""
-    return torch.where(_boxes(images), images.roll(1, 0), images)
+    return torch.where(_squares(images), images.roll(1, 0), images)
 
 
 def augmix(images: Tensor) -> Tensor:
@@ -922,12 +763,11 @@ def augmix(images: Tensor) -> Tensor:
     return torch.stack([v2.AugMix()(image) for image in images])
 
 
-def _boxes(images: Tensor) -> Tensor:
+def _squares(images: Tensor) -> Tensor:
     """Where a square about a random centre lies, cut at the border: (B, 1, H, W) bool.
 
-    Its area is 0.2 to 10 % of the image's, log-uniform, before it is cut. Both papers take larger
-    ones, as they are to make a classifier robust; here those are told from normal images at once,
-    frozen or fine-tuned, and so tell nothing (our choice).
+    Its area is 0.2 to 10 % of the image's, log-uniform: larger ones, as for a classifier's
+    robustness, are told at once, frozen or fine-tuned, and so tell nothing (*ours*).
     """
     share = torch.empty(len(images), 1).uniform_(math.log(0.002), math.log(0.1)).exp()
     inside = []
@@ -938,7 +778,7 @@ def _boxes(images: Tensor) -> Tensor:
 
 
 AUGMENTATIONS = {"mixup": mixup, "cutout": cutout, "cutmix": cutmix, "augmix": augmix}
-VERSIONS = 128  # augmented images of each kind; a few times the usual number of held-out ones
+LOCAL = {"cutout": cutout, "cutmix": cutmix}  # those that change one place, as defects do
 
 
 @dataclass(frozen=True)
@@ -946,125 +786,186 @@ class Validation:
     """What the validator finds at one moment of fine-tuning."""
 
     auroc: dict[str, float]  # held-out normal images against each augmentation, by name
-    components: Tensor  # (N,) of each held-out image; their mean is the mean AUROC
-    separation: Tensor  # (N,) of each held-out image
+    parts: Tensor  # (N,) of the separation, one of each held-out image; their mean is s
 
-    @classmethod
-    def pooled(cls, folds: Sequence[Validation]) -> Validation:
-        """Of several validators, each with held-out images of its own.
-
-        The AUROCs are means over folds, weighted by their images, as scores of different detectors
-        are not compared. The detectors share images they are fitted to, so that standard errors
-        come out a little small.
-        """
-        n = [len(fold.separation) for fold in folds]
-        aurocs = {name: [fold.auroc[name] for fold in folds] for name in folds[0].auroc}
-        return cls(
-            {name: float(np.average(values, weights=n)) for name, values in aurocs.items()},
-            torch.cat([fold.components for fold in folds]),
-            torch.cat([fold.separation for fold in folds]),
-        )
+    @property
+    def separation(self) -> float:
+        """s: how far augmented images score above normal ones, in standard deviations."""
+        return self.parts.mean().item()
 
     def gain_over(self, other: Validation) -> tuple[float, float]:
-        """The mean gain of the separation over another moment's, and its standard error."""
-        return _paired(self.separation - other.separation)
-
-    def auroc_gain_over(self, other: Validation) -> tuple[float, float]:
-        """The gain of the mean AUROC over another moment's, and its standard error."""
-        return _paired(self.components - other.components)
-
-    def is_better_than(self, other: Validation, errors: float = 2.0) -> bool:
-        """Whether the separation has gained, and the AUROC not lost, more than so many standard
-        errors."""
-        (gain, error), (change, noise) = self.gain_over(other), self.auroc_gain_over(other)
-        return gain > errors * error and change >= -errors * noise
-
-
-def _paired(differences: Tensor) -> tuple[float, float]:
-    """Their mean and its standard error: of the same images at two moments, so that most of the
-    spread between images cancels."""
-    return differences.mean().item(), (differences.std() / math.sqrt(len(differences))).item()
+        """The gain of s over another moment's, and its standard error: paired, so that most of the
+        spread between images cancels."""
+        gain = self.parts - other.parts
+        return gain.mean().item(), (gain.std() / math.sqrt(len(gain))).item()
 
 
 class AugmentationValidator:
-    """Tells the gain of fine-tuning from the onset of forgetting, without an anomalous image.
+    """Tells a gain of fine-tuning from the onset of forgetting, without an anomalous image.
 
-    Held-out normal images x are to lie near the Gaussian, and their augmented versions x̃ far from
-    it. While fine-tuning improves the features both hold ever better; once it forgets what
-    ImageNet taught them, augmented images fall together with normal ones, and once it learns the
-    fitted images by heart, the held-out ones drift away from the Gaussian. The separation
+    Held-out normal images x are to score low and their augmented versions x̃ high (*abstract*: the
+    augmentations of vicinal risk minimisation detect the onset of forgetting). How far is ours:
 
-        J(x) = log d(x̃) - 2 log d(x) = log (d(x̃) / d(x)) - log d(x),    log d(x̃) the mean over
-                                                                       augmentations and draws
+        s = mean of r / σ,  r = log d(x̃) - log d(x),  σ the standard deviation of log d(x)
 
-    rises by either gain and falls by either loss, by its own amount of each. It is for scores of a
-    Gaussian that is refitted each time, which keeps the scale of d in place.
+    with d the score, log d(x̃) the mean over augmentations and draws. For log-normal scores the
+    AUROC between the two is Φ(s/√2), but s does not saturate. Its standard error comes from the
+    influence of each image; with l = log d(x), s is the mean over i of
 
-    The paper's measure, the AUROC between the two, saturates and is noisy on few images: gains
-    that J sees by many standard errors it misses. But J may rise by held-out images that come
-    nearer while augmented ones follow them; the AUROC then falls. So J tells a gain, and a falling
-    AUROC forbids it (our choice). With P the share of pairs, ties as half, and x̃_i the versions
-    of x_i,
+        s_i = r_i / σ - r̄ ((l_i - l̄)² / σ² - 1) / (2 σ)
 
-        c_i = P(d(x̃) > d(x_i)) + P(d(x̃_i) > d(x)) - AUROC,    mean over i of c_i = AUROC
+    images          (N, 3, S, S) uint8 on the CPU, normal, not used for fitting
+    seed            of the augmented images, which are drawn once
+    versions        augmented images of each augmentation, at least; as many of each image
+    augmentations   functions by name, such as AUGMENTATIONS. Those that change the whole image can
+                    bring it nearer to the mean as the network improves
 
-    are the AUROC's structural components (DeLong et al. 1988), for an image and its versions
-    together (Obuchowski 1997), averaged over the augmentations. Of J and c, the spread over i of
-    what they gain between two moments gives the standard error of their mean gain.
-
-    The augmented images are drawn once, from `seed`, so that every call judges by the same ones.
-
-    images          (N, 3, S, S) uint8 on the CPU, N >= 2, normal, not used for fitting
-    versions        augmented images of each augmentation, in all, at least: as many of each image.
-                    They are kept in memory
-
-    Raises ValueError for fewer than two images.
+    Raises ValueError for fewer than two images, or another dtype.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        seed: int = 0,
-        versions: int = VERSIONS,
-        augmentations: dict[str, Callable[[Tensor], Tensor]] = AUGMENTATIONS,
-    ) -> None:
-        if len(images) < 2:
-            raise ValueError(f"{len(images)} held-out image(s): mixing needs two at the least")
-        self.normal = images
-        draws = math.ceil(versions / len(images))
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on undisturbed
-            torch.default_generator.manual_seed(seed)
+    def __init__(self, images: Tensor, seed: int = 0, versions: int = 128,
+                 augmentations: dict[str, Callable] = LOCAL) -> None:  # fmt: skip
+        if len(images) < 2 or images.dtype != torch.uint8:
+            raise ValueError("the validator needs two held-out images at the least, uint8")
+        self.normal, draws = images, math.ceil(versions / len(images))
+        with seeded(seed):
             self.augmented = {
                 name: torch.cat([augment(images) for _ in range(draws)])
                 for name, augment in augmentations.items()
             }
 
     @torch.no_grad()
-    def __call__(self, score: Callable[[Tensor], Tensor], batch_size: int = 32) -> Validation:
-        """Judge a score, such as a detector's.
+    def __call__(self, score: Callable[[Tensor], Tensor], batch_size: int = 16) -> Validation:
+        """Judge a score, such as a detector: a function of images (B, 3, S, S) uint8 that gives (B,)
+        on the CPU. Raises DegenerateError for scores not above zero, or all the same."""
 
-        score       maps a batch of uint8 images on the CPU to their scores (B,) there: a detector,
-                    or, on a GPU, `lambda images: detector(images.cuda()).cpu()`
-        """
+        def log_scores(images: Tensor) -> Tensor:
+            found = torch.cat([score(batch).double() for batch in images.split(batch_size)])
+            if not (found > 0).all():
+                raise DegenerateError("the validator needs scores above zero, and found others")
+            return found.log()
 
-        def scores(images: Tensor) -> Tensor:
-            return torch.cat([score(batch) for batch in images.split(batch_size)])
+        normal = log_scores(self.normal)
+        augmented = {name: log_scores(images) for name, images in self.augmented.items()}
+        aurocs = {}
+        for name, logs in augmented.items():
+            labels = torch.arange(len(normal) + len(logs)) >= len(normal)
+            aurocs[name] = auroc(torch.cat([normal, logs]), labels)
+        versions = torch.cat(list(augmented.values())).view(-1, len(normal))
+        r, sigma = versions.mean(0) - normal, normal.std(correction=0)
+        if sigma == 0:
+            raise DegenerateError("the scores of held-out images are all the same")
+        z = (normal - normal.mean()) / sigma
+        return Validation(aurocs, r / sigma - r.mean() * (z.square() - 1) / (2 * sigma))
 
-        normal, aurocs, components, logs = scores(self.normal), {}, [], []
-        for name, images in self.augmented.items():
-            augmented = scores(images)
-            both = torch.cat([normal, augmented])
-            aurocs[name] = auroc(both, torch.arange(len(both)) >= len(normal))
-            above = 1 - _share_below(normal, augmented)  # (N,)
-            versions = _share_below(augmented, normal).view(-1, len(normal)).mean(0)  # (N,)
-            components.append(above + versions - aurocs[name])
-            logs.append(augmented.view(-1, len(normal)).log().mean(0))  # (draws, N) to (N,)
-        separation = torch.stack(logs).mean(0) - 2 * normal.log()
-        return Validation(aurocs, torch.stack(components).mean(0), separation)
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's default generator for the block; afterwards it goes on as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Metrics
+# 6. Fine-tuning
+# ------------------------------------------------------------------------------------------------
+
+FIRST_CHECK = 32  # steps: the first few throw the features off, and what is judged then misleads
+
+
+@dataclass(frozen=True)
+class Check:
+    """What fine-tuning has come to after some steps."""
+
+    step: int
+    kept: bool = False  # the best so far; the detector is then fitted to all images and calibrated
+    loss: float | None = None  # the mean over the steps since the check before
+    validation: Validation | None = None  # None with steps=0, or after a failure
+    gain: tuple[float, float] | None = None  # of s over the best before, and its standard error
+    state: dict | None = None  # plain tensors and numbers, with which `fine_tune` goes on from here
+    failure: str = ""  # why it ended here: features that are no longer finite
+
+
+def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: int = 512,
+              lr: float = 1e-4, patience: int = 3, seed: int = 0, state: dict | None = None,
+              augmentations: dict[str, Callable] = LOCAL) -> Iterator[Check]:  # fmt: skip
+    """Fine-tune a detector on normal images; yield a check at steps 0, 32, 64, 128, … and the last.
+
+    Training pulls the features to the Gaussians of the pre-trained ones, which are put back for it
+    (*abstract*: the distance to the estimated Gaussian is the objective); what is judged and kept
+    has Gaussians of the features as they are. A check is kept if s has gained more than two
+    standard errors over the best one kept before; after `patience` checks that were not, it ends.
+    That, and Adam on all parameters at a constant rate, is ours.
+
+    batches     images, or (images, label) pairs, that can be iterated again, such as a list or a
+                DataLoader. Torch's default generator is seeded before, so that it shuffles alike
+    held_out    (N, 3, H, W) uint8, normal, not among the batches
+    steps       at most; 0 fits the frozen network, and does not validate
+    state       of a check: goes on from it to the same bits, the other arguments being the same
+
+    Raises ValueError for what cannot be fitted or trained on.
+    """
+    if steps < 0 or patience < 1 or not 0 <= lr < math.inf:
+        raise ValueError("steps and rate are 0 or more, patience 1 or more, and all are finite")
+    if steps == 0:
+        with seeded(seed):
+            detector.fit_and_calibrate(batches, held_out)
+        yield Check(0, kept=True)
+        return
+    validator = AugmentationValidator(held_out, seed, augmentations=augmentations)
+    optimizer = torch.optim.Adam(detector.parameters(), lr=lr)
+    device = detector.held_out.device
+    with seeded(seed):
+        pretrained = detector.fit(batches, maps=False).gaussians
+    done, since, best = -1, 0, None
+    if state is not None:
+        done, since, best = state["step"], state["since"], Validation(**state["best"])
+        detector.extractor.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+    checks = [0, *(FIRST_CHECK << k for k in range(40) if FIRST_CHECK << k < steps), steps]
+    for step in (step for step in checks if step > done):
+        detector.gaussians = pretrained
+        try:
+            with seeded(seed + step):
+                loss = _train(detector, optimizer, batches, step - max(done, 0))
+                if step:
+                    detector.fit(batches, maps=False)
+            found = validator(lambda images: detector(images.to(device)).cpu())
+        except DegenerateError as error:
+            if step == 0:
+                raise
+            yield Check(step, failure=f"{error}; try a smaller learning rate")
+            return
+        gain = found.gain_over(best) if best else None
+        kept = gain is None or gain[0] > 2 * gain[1]
+        done, since, best = step, 0 if kept else since + 1, found if kept else best
+        if kept:
+            with seeded(seed + step):
+                detector.fit_and_calibrate(batches, held_out)
+        state = {"step": step, "since": since, "best": vars(best),
+                 "network": detector.extractor.state_dict(), "optimizer": optimizer.state_dict()}
+        yield Check(step, kept, loss, found, gain, deepcopy(state))
+        if since == patience:
+            return
+
+
+def _train(detector: GaussianAD, optimizer: torch.optim.Optimizer, batches: Iterable,
+           steps: int) -> float | None:  # fmt: skip
+    """Take some steps; the mean of their losses."""
+    losses = []
+    endless = (images for _ in count() for images in images_of(batches, detector.held_out.device))
+    for images in islice(endless, steps):
+        optimizer.zero_grad()
+        loss = detector.loss(images)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return fmean(losses) if losses else None
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Metrics
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1073,32 +974,20 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
 
     scores, labels      any shape, the same; labels 1 or True for anomalous, 0 or False for normal
 
-    Exact with ties (equal to mid-ranks, Mann-Whitney): pairs are counted in integers.
-    Raises ValueError for a NaN, for other labels, or where one of the two classes is missing.
+    Exact with ties (equal to mid-ranks, Mann-Whitney): pairs are counted in integers. Raises
+    ValueError for a NaN, for other labels, or where one of the two classes is missing.
     """
     scores, labels = torch.as_tensor(scores).flatten(), torch.as_tensor(labels).flatten()
     if scores.shape != labels.shape or not ((labels == 0) | (labels == 1)).all():
         raise ValueError("AUROC needs one label, 0 or 1, for each score")
     if scores.isnan().any():
         raise DegenerateError("AUROC needs scores that are numbers; there are NaNs among them")
-    n_anomalous = int((labels == 1).sum())
-    n_normal = len(labels) - n_anomalous
-    if not n_anomalous or not n_normal:
-        raise ValueError(f"AUROC needs both classes: {n_normal} normal, {n_anomalous} anomalous")
-    pairs = _twice_below(scores[labels == 1], scores[labels == 0]).sum()
-    return int(pairs) / (2 * n_anomalous * n_normal)
-
-
-def _twice_below(scores: Tensor, others: Tensor) -> Tensor:
-    """Twice the number of `others` (M,) below each score (N,), those equal counted half: int64."""
-    others = others.sort()[0]
-    below, not_above = (torch.searchsorted(others, scores, right=right) for right in (False, True))
-    return below + not_above
-
-
-def _share_below(scores: Tensor, others: Tensor) -> Tensor:
-    """Of `others` (M,), the share below each score (N,), those equal counted half; float64."""
-    return _twice_below(scores, others).double() / (2 * len(others))
+    anomalous, normal = scores[labels == 1], scores[labels == 0].sort()[0]
+    if not len(anomalous) or not len(normal):
+        raise ValueError(f"AUROC needs both classes: {len(normal)} normal, {len(anomalous)} not")
+    below = torch.searchsorted(normal, anomalous).sum()
+    not_above = torch.searchsorted(normal, anomalous, right=True).sum()
+    return (below + not_above).item() / (2 * len(anomalous) * len(normal))
 
 
 def aupro(maps: Tensor, masks: Tensor, fpr_limit: float = 0.3) -> float:

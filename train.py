@@ -8,441 +8,330 @@
     python train.py --normal photos/ --out runs/mine
     python train.py --demo
 
-Writes runs/<category>/detector.pt and history.json, over those of an earlier run, unless that
-was the same run and finished; never opens the category's test folder. An interrupted run goes on
-from its last check with --resume, or begins anew with --force.
---demo draws a small data set, trains a small backbone on it and evaluates it.
+Writes runs/<category>/detector.pt, and history.json for people; never opens the category's test
+folder. The same command goes on where an interrupted run stopped and skips a finished one; other
+settings, or --force, begin anew. --demo draws a small data set, trains on it and evaluates.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
 import os
-import shutil
+import subprocess
+import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from itertools import chain, islice
-from math import ceil
 from pathlib import Path
-from statistics import fmean
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import distributed
+from torch.utils.data import DataLoader
 
-import evaluate
-from evaluate import (
-    Parser,
-    add_common_options,
-    for_each,
-    gain_text,
-    make_folder,
-    number,
-    pick_device,
-    progress,
-    read_history,
-    refuse_inside,
-    run,
-    runs,
-    write_json,
-)
-from gaussad import (
-    AUGMENTATIONS,
-    COVARIANCES,
-    VERSIONS,
-    AugmentationValidator,
-    DegenerateError,
-    FeatureExtractor,
-    GaussianAD,
-    Images,
-    Validation,
-    draw_demo,
-    list_images,
-    list_samples,
-    load_plain,
-    save_plain,
-    split_normal,
-)
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs at once are not told
+    fcntl = None
 
-FIRST_CHECK = 32  # steps: the first few throw the features off, and what is judged then misleads
-ELSEWHERE = {"out", "device", "workers", "resume", "force", "demo"}  # options that change no result
-TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of processes that torchrun started
-DEMO = {"backbone": "mobilenet_v2", "image_size": 128, "steps": 32, "category": ["demo"]}
+from gaussad import (AUGMENTATIONS, COVARIANCES, LOCAL, Check, FeatureExtractor, GaussianAD,
+                     atomic_path, error_line, fine_tune, hold_out, list_categories, list_images,
+                     list_samples, load_images, load_plain, pick_device, save_plain)  # fmt: skip
+
+ELSEWHERE = {"out", "device", "workers", "force", "demo"}  # options that change no result
+DEMO = {"backbone": "mobilenet_v2", "levels": [3, 4, 7], "image_size": 128, "steps": 64,
+        "category": ["demo"]}  # early levels, which see something with random weights too
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     device = pick_device(args.device)
     if args.demo:
         args.data = args.out / "data"
-        make_folder(args.data)
-        draw_demo(args.data, args.image_size)
-    todo = {str(args.normal): args} if args.normal else runs(args)
-    if TORCHRUN in os.environ:
-        return train_share(todo, device)
-    done = for_each(todo, lambda args: train(args, device))
-    if args.demo:
-        evaluate.main(["--data", str(args.data), "--category", "demo", "--out", str(args.out),
-                       "--device", args.device, "--workers", str(args.workers),
-                       "--batch-size", str(args.batch_size)])
-    return 0 if len(done) == len(todo) else 2
+        draw_demo(args.data)
+    todo = {str(args.normal): args} if args.normal else categories(args)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's: this process takes its share
+        distributed.init_process_group("gloo", timeout=timedelta(days=365))
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        todo = dict(list(todo.items())[rank::world])
+    failed = 0
+    for name, one in todo.items():
+        try:
+            train(one, device)
+        except Exception as error:
+            failed += 1
+            print(f"train.py: error: {name}: {error_line(error)}", file=sys.stderr)
+    if distributed.is_initialized():
+        distributed.barrier()  # torchrun ends all processes when one has failed
+        distributed.destroy_process_group()
+    if args.demo and not failed:
+        script = Path(__file__).with_name("evaluate.py")
+        options = ["--data", args.data, "--category", "demo", "--out", args.out]
+        return subprocess.run([sys.executable, script, *options, "--device", args.device]).returncode
+    return 2 if failed else 0
 
 
-def train_share(todo: dict[str, Namespace], device: torch.device) -> int:
-    """Train what is this process's of those that torchrun started, and wait for the others, as
-    torchrun ends all of them when one has failed."""
-    distributed.init_process_group("gloo", timeout=timedelta(days=365))
-    share = dict(islice(todo.items(), distributed.get_rank(), None, distributed.get_world_size()))
-    done = for_each(share, lambda args: train(args, device), alone=False)
-    distributed.barrier()
-    distributed.destroy_process_group()
-    return 0 if len(done) == len(share) else 2
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("--demo", action="store_true", help="draw data, train and evaluate on it")
-    add_common_options(parser)
-    parser.add_argument("--normal", type=Path, metavar="FOLDER",
-                        help="train on the images in it, in place of --data and --category")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on with an interrupted run, from its last check")
-    parser.add_argument("--force", action="store_true",
-                        help="train anew what was finished with the same settings")
-    model = parser.add_argument_group("model")
-    model.add_argument("--backbone", default="efficientnet_b4",
-                       help="torchvision's name of an EfficientNet, MobileNet or ResNet "
-                            "(default: efficientnet_b4)")
-    model.add_argument("--weights", default="imagenet", metavar="imagenet|random|PATH",
-                       help="torchvision's ImageNet weights, downloaded on first use; random "
-                            "ones; or a state dict of the backbone (default: imagenet)")
-    model.add_argument("--levels", type=int, nargs="+", metavar="L",
-                       help="feature levels, from 1 (default: those of stride 16 or more)")
-    model.add_argument("--map-levels", type=int, nargs="+", metavar="L",
-                       help="levels that make the anomaly map (default: those of stride 16)")
-    model.add_argument("--covariance", choices=COVARIANCES, default="full",
-                       help="for comparison: diagonal, or identity, a Euclidean distance "
-                            "(default: full)")
-    model.add_argument("--image-size", type=number(int, 32, 4096), default=380, metavar="PX",
-                       help="side of the square that images are resized to (default: 380)")
-    tuning = parser.add_argument_group("fine-tuning")
-    tuning.add_argument("--steps", type=number(int, 0, 10**7), default=512, metavar="N",
-                        help="at most; 0 is the frozen network (default: 512)")
-    tuning.add_argument("--patience", type=number(int, 1, 10**6), default=3, metavar="N",
-                        help="stop after N checks without a gain, those worse than the frozen "
-                             "network counted twice; there is one after 32 steps and each time "
-                             "their number has doubled (default: 3)")
-    tuning.add_argument("--augmentations", nargs="+", choices=list(AUGMENTATIONS),
-                        default=list(AUGMENTATIONS), metavar="NAME",
-                        help=f"what the validator judges by (default: {' '.join(AUGMENTATIONS)})")
-    tuning.add_argument("--lr", type=number(float, 0, 1e6), default=1e-4,
-                        help="learning rate of Adam (default: 1e-4)")
-    tuning.add_argument("--seed", type=number(int, 0, 2**32), default=0, metavar="N",
-                        help="of the split, the batches and the validator (default: 0)")
+def parse(argv: Sequence[str] | None) -> Namespace:
+    head, _, rest = __doc__.partition("\n")
+    parser = Parser(description=head, epilog=rest,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("--data", type=Path, help="folder of the categories, in the MVTec AD layout")
+    add("--category", nargs="+", metavar="NAME", help="folders in --data; all: every one")
+    add("--normal", type=Path, metavar="FOLDER",
+        help="train on the images in it, in place of --data and --category")
+    add("--demo", action="store_true", help="draw data, train and evaluate on it")
+    add("--out", type=Path, help="folder of the run (default: runs/<category>); of several "
+                                 "categories, the folder of their runs (default: runs)")
+    add("--force", action="store_true", help="begin anew what is there with the same settings")
+    add("--backbone", default="efficientnet_b4", metavar="NAME",
+        help="torchvision's name of an EfficientNet, MobileNet or ResNet (efficientnet_b4)")
+    add("--weights", default="imagenet", metavar="imagenet|random|PATH",
+        help="torchvision's, downloaded on first use; random; or a state dict (imagenet)")
+    add("--levels", type=int, nargs="+", metavar="L",
+        help="feature levels, from 1 (those of stride 16 and more)")
+    add("--map-levels", type=int, nargs="+", metavar="L",
+        help="levels that make the anomaly map (those of stride 16)")
+    add("--covariance", choices=COVARIANCES, default="full",
+        help="for comparison: diagonal, or identity, a Euclidean distance (full)")
+    add("--image-size", type=int, default=380, metavar="PX",
+        help="side of the square that images are resized to (380)")
+    add("--steps", type=int, default=512, metavar="N", help="at most; 0: the frozen network (512)")
+    add("--patience", type=int, default=3, metavar="N",
+        help="stop after N checks without a gain; they are after 32, 64, 128, … steps (3)")
+    add("--lr", type=float, default=1e-4, help="learning rate of Adam (1e-4)")
+    add("--augmentations", nargs="+", choices=list(AUGMENTATIONS), default=list(LOCAL),
+        metavar="NAME", help=f"what the validator judges by ({' '.join(LOCAL)})")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of the split, the batches and the validator (0)")
+    add("--batch-size", type=int, default=16, metavar="N", help="images in a batch (16)")
+    add("--workers", type=int, default=2, metavar="N", help="threads that decode images (2)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto: a GPU if any)")
     if parser.parse_args(argv).demo:
-        parser.set_defaults(**DEMO)  # what the user gives still comes first
+        parser.set_defaults(**DEMO, out=Path("runs/demo"))  # what the user gives still comes first
     args = parser.parse_args(argv)
     if args.demo and (args.data or args.normal or args.category != ["demo"]):
         parser.error("--demo draws its own data: leave out --data, --category and --normal")
-    if args.demo and TORCHRUN in os.environ:
-        parser.error("--demo is for one process: start it without torchrun")
     if args.normal and (args.data or args.category or not args.out):
         parser.error("--normal goes with --out, and without --data and --category")
     if not args.demo and not args.normal and (args.data is None or args.category is None):
         parser.error("--data and --category are needed, or --normal, or --demo")
-    if args.demo:
-        args.out = args.out or Path("runs/demo")
-    args.augmentations = list(dict.fromkeys(args.augmentations))  # each once
     return args
 
 
-def make_extractor(args: Namespace) -> FeatureExtractor:
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong; --help has the rest."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+def categories(args: Namespace) -> dict[str, Namespace]:
+    """The arguments of each category that is asked for, with its run folder."""
+    names = list_categories(args.data) if args.category == ["all"] else args.category
+    alone = len(names) == 1 and args.category != ["all"]
+    root = args.out or Path("runs")
+    folders = {name: root if alone and args.out else root / name for name in names}
+    return {name: Namespace(**{**vars(args), "category": name, "out": out})
+            for name, out in folders.items()}  # fmt: skip
+
+
+def train(args: Namespace, device: torch.device) -> None:
+    """Fine-tune one detector; the best so far is on disk after each check."""
+    paths = ([sample.path for sample in list_samples(args.data, args.category, "train")]
+             if args.data else list_images([args.normal]))  # fmt: skip
+    with locked(args.out):
+        path, settings = args.out / "detector.pt", settings_of(args, len(paths))
+        training = {"settings": settings, "checks": [], "finished": False, "state": None}
+        if path.exists() and not args.force:
+            training = earlier(path, training)
+        if training["finished"]:
+            print(f"{args.out} is finished; --force trains it anew")
+            return
+        detector = GaussianAD(extractor(args), args.map_levels, args.covariance).to(device)
+        fit, held_out = (load_images(part, args.image_size, args.workers)
+                         for part in hold_out(paths, args.seed))  # fmt: skip
+        batches = Counted(DataLoader(fit, args.batch_size, shuffle=True))
+        print(f"{args.out}: {len(fit)} images to fit, {len(held_out)} held out")
+        print(" step     loss  seconds       s    gain over the best   AUROC in %")
+        start = time.perf_counter()
+        for check in fine_tune(detector, batches, held_out, args.steps, args.lr, args.patience,
+                               args.seed, training["state"],
+                               {name: AUGMENTATIONS[name] for name in args.augmentations}):  # fmt: skip
+            training["checks"].append(record(check, time.perf_counter() - start))
+            batches.clear()
+            print(line(training["checks"][-1]), flush=True)
+            training["state"], start = check.state, time.perf_counter()
+            save(path, training, detector if check.kept else None)
+        training |= {"finished": True, "state": None}
+        save(path, training)
+        step = best_step(training)
+        print(f"Step {step}{' (the frozen network)' * (step == 0)} is the validator's choice; "
+              f"its detector is {path}")  # fmt: skip
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make the folder of a run, for this process alone; the lock goes with the process."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".lock").touch()
+    except OSError as error:
+        raise ValueError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+    with open(out / ".lock") as lock:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another train.py is at work in {out}") from error
+        yield
+
+
+def settings_of(args: Namespace, images: int) -> dict:
+    """All that the result rests on, plain: paths absolute, a file of weights by its content."""
+    settings = {key: str(value.resolve()) if isinstance(value, Path) else value
+                for key, value in vars(args).items() if key not in ELSEWHERE}  # fmt: skip
+    if Path(args.weights).is_file():
+        settings["weights"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
+    return {**settings, "images": images}
+
+
+def earlier(path: Path, new: dict) -> dict:
+    """How far the run with the same settings has come whose detector is there; else the new one."""
+    training = load_plain(path).get("training")
+    if training is None:
+        raise ValueError(f"{path} is not of train.py: choose another --out, or --force to replace it")
+    return training if training["settings"] == new["settings"] else new
+
+
+def extractor(args: Namespace) -> FeatureExtractor:
     torch.manual_seed(args.seed)  # for random weights
     try:
         return FeatureExtractor(args.backbone, args.levels, args.weights)
     except ConnectionError as error:
         if not args.demo:
             raise
-        print(f"{error}.\nThe demo goes on with random weights: its figures mean nothing.")
+        print(f"{error}.\nThe demo goes on with random weights.")
         return FeatureExtractor(args.backbone, args.levels, "random")
 
 
-@dataclass(frozen=True)
-class Fold:
-    """A detector, the normal images it is fitted to, and a validator by those held out."""
+class Counted:
+    """Batches that tell on a terminal how many images have gone by."""
 
-    detector: GaussianAD
-    images: Images
-    validator: AugmentationValidator
+    def __init__(self, batches: Iterable) -> None:
+        self.batches, self.seen, self.start = batches, 0, time.perf_counter()
+        self.live = sys.stderr.isatty()
 
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for images in self.batches:
+            yield images
+            self.seen += len(images)
+            rate = self.seen / (time.perf_counter() - self.start)
+            self.clear(f"{self.seen} images to fit and train on, {rate:.1f} a second")
 
-def make_folds(paths: list[Path], args: Namespace, device: torch.device) -> list[Fold]:
-    splits = split_normal(paths, args.seed)
-    detector = GaussianAD(make_extractor(args), args.map_levels, args.covariance).to(device)
-    augmentations = {name: AUGMENTATIONS[name] for name in args.augmentations}
-    folds = []
-    for fit, held_out in splits:
-        normal = Images(held_out, args.image_size, args.workers).batches(args.batch_size)
-        validator = AugmentationValidator(torch.cat(list(normal)), args.seed + len(folds),
-                                          ceil(VERSIONS / len(splits)), augmentations)
-        images = Images(fit, args.image_size, args.workers)
-        folds.append(Fold(deepcopy(detector), images, validator))
-    return folds
+    def clear(self, text: str = "") -> None:
+        """Put this text in place of what was told."""
+        if self.live:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def train(args: Namespace, device: torch.device) -> None:
-    """Fine-tune and keep the check the validator likes best; the first is the frozen network.
-
-    The best detector is on disk as soon as it is known, its Gaussians fitted to all images. Few
-    images are cross-fitted: a detector for each fold is trained, all are judged together, and the
-    first is kept.
-    """
-    paths = normal_images(args)
-    settings = {key: str(value.resolve()) if isinstance(value, Path) else value
-                for key, value in vars(args).items() if key not in ELSEWHERE}
-    settings["images"] = len(paths)  # more or fewer of them are another run
-    if is_finished(args.out, settings) and not args.force:
-        print(f"{args.out} is finished; --force trains it anew")
-        return
-    if (args.out / "checkpoint.pt").exists() and not (args.resume or args.force):
-        raise ValueError(f"{args.out} holds an interrupted run: --resume goes on with it, --force "
-                         "trains anew")
-    state = read_checkpoint(args.out, settings) if args.resume else None
-    folds = make_folds(paths, args, device)
-    make_run_folder(args.out)
-    first = folds[0]
-    history = {"settings": settings, "levels": first.detector.extractor.levels,
-               "map_levels": first.detector.map_levels, "finished": False}
-    print(f"{args.out}: {len(first.images)} images to fit, {len(first.validator.normal)} held out"
-          + f", in turn all: {len(folds)} folds" * (len(folds) > 1))
-    print(heading(args.augmentations))
-    try:
-        select(folds, args, device, state, history)
-    except KeyboardInterrupt:
-        if state or "checks" in history:
-            print(f"Interrupted: the same command with --resume goes on from the last check in "
-                  f"{args.out}")
-        raise
-    step = history["best_step"]
-    print(f"Step {step}{' (the frozen network)' if step == 0 else ''} is the validator's choice; "
-          f"its detector is {args.out / 'detector.pt'}")
+def record(check: Check, seconds: float) -> dict:
+    """A check as plain numbers, for detector.pt and history.json."""
+    gain, error = check.gain or (None, None)
+    found = check.validation
+    return {"step": check.step, "loss": check.loss, "seconds": seconds,
+            "separation": found and found.separation, "gain": gain, "standard_error": error,
+            "auroc": found.auroc if found else {}, "kept": check.kept,
+            "failure": check.failure}  # fmt: skip
 
 
-def normal_images(args: Namespace) -> list[Path]:
-    if args.normal:
-        paths = list_images([args.normal])
+def line(check: dict) -> str:
+    """A row of the table that is printed."""
+    if check["failure"]:
+        return f"Step {check['step']}: training has failed and ends: {check['failure']}"
+    shown = lambda key, form: "-" if check[key] is None else format(check[key], form)
+    gain = "-" if check["gain"] is None else f"{check['gain']:+.3f} ± {check['standard_error']:.3f}"
+    aurocs = ", ".join(f"{name} {100 * value:.1f}" for name, value in check["auroc"].items())
+    return (f"{check['step']:5d} {shown('loss', '.2f'):>8} {check['seconds']:8.1f} "
+            f"{shown('separation', '.3f'):>7} {gain:>21}   {aurocs}"
+            + "  best so far" * check["kept"])  # fmt: skip
+
+
+def save(path: Path, training: dict, detector: GaussianAD | None = None) -> None:
+    """Write the detector, or keep the one that is there, with what training has come to."""
+    if detector:
+        detector.save(path, training=training)
     else:
-        paths = [sample.path for sample in list_samples(args.data, args.category, "train")]
-    refuse_inside(args.out / "pictures", paths)
-    return paths
+        save_plain(load_plain(path) | {"training": training}, path)
+    history = {**training, "best_step": best_step(training)}
+    del history["state"]
+    with atomic_path(path.with_name("history.json")) as part:
+        part.write_text(json.dumps(history, indent=2) + "\n")
 
 
-def is_finished(out: Path, settings: dict) -> bool:
-    history = read_history(out)
-    return (history.get("finished", False) and history["settings"] == settings
-            and (out / "detector.pt").is_file())
+def best_step(training: dict) -> int:
+    return [check["step"] for check in training["checks"] if check["kept"]][-1]
 
 
-def read_checkpoint(out: Path, settings: dict) -> dict | None:
-    """What `select` saved at the last check; None if there is nothing to go on with."""
-    history, state = read_history(out), None
-    if (out / "checkpoint.pt").is_file() and (out / "detector.pt").is_file():
-        state = load_plain(out / "checkpoint.pt")
-        if state.keys() != {"settings", "checks", "kept", "since", "training"}:
-            raise ValueError(f"{out / 'checkpoint.pt'} was not saved by this train.py: leave out "
-                             "--resume to start anew")
-    for found in (history, state):
-        if found and found["settings"] != settings:
-            raise ValueError(f"{out} is of a run with other settings: leave out --resume to start "
-                             "anew, or give the same")
-    return state
+# ------------------------------------------------------------------------------------------------
+# The demo: a perforated disc
+# ------------------------------------------------------------------------------------------------
 
 
-def make_run_folder(out: Path) -> None:
-    """Make the folder, or take over that of an earlier run, which has a history or a detector."""
-    make_folder(out)
-    ours = ("detector.pt", "checkpoint.pt", "history.json", "metrics.json", "scores.csv",
-            "report.html", "pictures")
-    there = [out / name for name in ours if (out / name).exists()]
-    if there and not is_run(out):
-        raise ValueError(f"{there[0]} would be replaced, and is not of an earlier run: remove it, "
-                         "or choose another --out")
+def draw_demo(root: Path, size: int = 128, seed: int = 0) -> None:
+    """Draw a small data set in the MVTec AD layout at `root`, category "demo".
 
-
-def is_run(out: Path) -> bool:
-    try:
-        return bool(read_history(out)) or "settings" in load_plain(out / "detector.pt")
-    except ValueError:
-        return False
-
-
-def select(folds: list[Fold], args: Namespace, device: torch.device, state: dict | None,
-           history: dict) -> None:
-    """Judge each check, and save the detector if it is the best, the history and a checkpoint.
-
-    The best is better than each that was the best before: nor may the AUROC fall little by little.
+    48 normal images to train; to test, 16 normal ones and 8 of each of three defects, with masks.
     """
-    state = state or {"settings": history["settings"], "checks": [], "kept": [], "since": 0,
-                      "training": [{} for _ in folds]}
-    checks, kept = state["checks"], [Validation(**found) for found in state["kept"]]
-    trainings = [fine_tune(fold, args, device, past, len(checks))
-                 for fold, past in zip(folds, state["training"])]
-    for at_check in zip(*trainings):
-        records, found, state["training"] = zip(*at_check)
-        found = Validation.pooled(found)
-        if better := all(found.is_better_than(earlier) for earlier in kept):
-            kept.append(found)
-            fit_to_all(folds, args, device)
-            save(folds[0].detector, args.out, new=not checks)
-        checks.append(summary(records, found, kept[0]) | {"kept": better})
-        print(line(checks[-1]), flush=True)
-        worse = kept[0].is_better_than(found)  # than the frozen network: counts twice
-        state["since"] = 0 if better else state["since"] + 1 + worse
-        if state["since"] >= args.patience or checks[-1]["step"] == args.steps:
-            break
-        write_history(args.out, history, checks, finished=False)
-        state["kept"] = [vars(found) for found in kept]
-        save_plain(state, args.out / "checkpoint.pt")
-    write_history(args.out, history, checks, finished=True)
-    killed = [args.out / "detector.new", *args.out.glob(".*.part")]  # while they were saved
-    for path in (args.out / "checkpoint.pt", *killed):
-        path.unlink(missing_ok=True)
+    rng = np.random.default_rng(seed)
+    plan = {"train/good": 48, "test/good": 16, "test/hole_missing": 8, "test/scratch": 8,
+            "test/stain": 8}  # fmt: skip
+    for folder, count in plan.items():
+        defect = Path(folder).name
+        masks = root / "demo/ground_truth" / defect
+        for path in (root / "demo" / folder, *[masks] * (defect != "good")):
+            path.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            image, mask = draw_disc(size, defect, rng)
+            image.save(root / "demo" / folder / f"{i:03d}.png")
+            if defect != "good":
+                mask.save(masks / f"{i:03d}_mask.png")
 
 
-def write_history(out: Path, history: dict, checks: list[dict], finished: bool) -> None:
-    best_step = [check["step"] for check in checks if check["kept"]][-1]
-    history |= {"checks": checks, "best_step": best_step, "finished": finished}
-    write_json(out / "history.json", history)
-
-
-def save(detector: GaussianAD, out: Path, new: bool) -> None:
-    """Save the detector; remove what tells of the one that was there, of a `new` run its history.
-
-    A full disk fails while all that was there is there still, and a kill at any moment leaves no
-    finished history beside another detector.
-    """
-    detector.save(out / "detector.new")
-    if (out / "scores.csv").exists():  # else evaluate.py was not here: the pictures are not its
-        shutil.rmtree(out / "pictures", ignore_errors=True)
-    for name in ("metrics.json", "scores.csv", "report.html",
-                 *["history.json", "checkpoint.pt"] * new):
-        (out / name).unlink(missing_ok=True)
-    os.replace(out / "detector.new", out / "detector.pt")
-
-
-def fine_tune(fold: Fold, args: Namespace, device: torch.device, past: dict, n_checks: int
-              ) -> Iterator[tuple[dict, Validation, dict]]:
-    """Yield a record and the validation of each check, the detector refitted and judged by then,
-    and what is needed to go on from there, as `past`; n_checks are over already.
-
-    Training pulls the features to the Gaussian of the pre-trained network, which stays fixed;
-    what is judged has the Gaussian of the features as they are now.
-    """
-    detector, step = fold.detector, past.get("step", 0)
-    pretrained = fit(fold, args, device).gaussians
-    optimizer = torch.optim.Adam(detector.parameters(), lr=args.lr)
-    if past:
-        detector.extractor.load_state_dict(past["network"])
-        optimizer.load_state_dict(past["optimizer"])
-    stream = endless(fold.images, args.batch_size, torch.Generator().manual_seed(args.seed))
-    stream = islice(stream, step, None)  # what was trained on already is drawn again and dropped
-    for check in islice(check_steps(args.steps), n_checks, None):
-        start, detector.gaussians = time.perf_counter(), pretrained
-        todo = progress(islice(stream, check - step), (check - step) * args.batch_size,
-                        f"training to step {check}")
-        try:
-            losses = [train_step(detector, optimizer, batch.to(device)) for batch in todo]
-            if check:
-                fit(fold, args, device)
-            found = fold.validator(lambda batch: detector(batch.to(device)).cpu(), args.batch_size)
-        except DegenerateError as error:
-            if check == 0:
-                raise
-            print(f"Step {check}: training diverged and stops ({error}); try a smaller --lr")
-            return
-        step = check
-        record = {"step": check, "loss": fmean(losses) if losses else None,
-                  "seconds": time.perf_counter() - start}
-        yield record, found, {"step": check, "network": detector.extractor.state_dict(),
-                              "optimizer": optimizer.state_dict()}
-
-
-def fit(fold: Fold, args: Namespace, device: torch.device) -> GaussianAD:
-    batches = progress(fold.images.batches(args.batch_size), len(fold.images), "fitting")
-    return fold.detector.fit(batch.to(device) for batch in batches)
-
-
-def summary(records: Sequence[dict], found: Validation, frozen: Validation) -> dict:
-    """The record of a check of all folds: seconds of all, the mean loss, gains over frozen."""
-    losses = [record["loss"] for record in records if record["loss"] is not None]
-    gain, error = found.gain_over(frozen)
-    auroc_gain, auroc_error = found.auroc_gain_over(frozen)
-    return {"step": records[0]["step"], "loss": fmean(losses) if losses else None,
-            "seconds": sum(record["seconds"] for record in records), "auroc": found.auroc,
-            "auroc_gain": auroc_gain, "auroc_standard_error": auroc_error,
-            "gain": gain, "standard_error": error}
-
-
-def check_steps(last: int) -> Iterator[int]:
-    """0, 32, 64, 128, ... and the last: what training gains, it gains ever more slowly."""
-    step = 0
-    while step < last:
-        yield step
-        step = max(FIRST_CHECK, 2 * step)
-    yield last
-
-
-def endless(images: Images, batch_size: int, shuffle: torch.Generator) -> Iterator[torch.Tensor]:
-    """Batches of one epoch after the other."""
-    while True:
-        yield from images.batches(batch_size, shuffle)
-
-
-def train_step(detector: GaussianAD, optimizer: torch.optim.Optimizer,
-               batch: torch.Tensor) -> float:
-    """One step; the loss before it. Raises DegenerateError where that is NaN or infinite."""
-    optimizer.zero_grad()
-    loss = detector.loss(batch)
-    if not loss.isfinite():
-        raise DegenerateError(f"the loss is {loss.item()}")
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-def fit_to_all(folds: list[Fold], args: Namespace, device: torch.device) -> None:
-    """Take the thresholds from the held-out images, then fit the first detector to those as well.
-
-    More images make better Gaussians, of maps above all. They also bring a normal image a little
-    nearer, so that the thresholds err on the side of fewer false alarms.
-    """
-    first, scores = folds[0], []
-    for fold in folds:
-        held_out = fold.validator.normal.split(args.batch_size)
-        scores.append(fold.detector.held_out_scores(batch.to(device) for batch in held_out))
-    first.detector.calibrate(torch.cat(scores))
-    held_out = first.validator.normal.split(args.batch_size)
-    everything = chain(first.images.batches(args.batch_size), held_out)
-    total = len(first.images) + len(first.validator.normal)
-    everything = progress(everything, total, "fitting to all")
-    first.detector.fit(batch.to(device) for batch in everything)
-
-
-def heading(augmentations: list[str]) -> str:
-    names = "".join(f"{name:>9}" for name in augmentations)
-    return (f" step     loss  seconds{names}    gain of AUROC         of J"
-            "   (over step 0; of names the AUROC; all in %)")
-
-
-def line(record: dict) -> str:
-    loss = "-" if record["loss"] is None else f"{record['loss']:.2f}"
-    aurocs = "".join(f"{100 * value:9.2f}" for value in record["auroc"].values())
-    return (f"{record['step']:5d} {loss:>8} {record['seconds']:8.1f}{aurocs}"
-            f"{gain_text(record, 'auroc_'):>17}{gain_text(record):>17}"
-            + "  best so far" * record["kept"])
+def draw_disc(size: int, defect: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+    """A disc with six holes, turned and lit a little differently each time."""
+    metal, dark = (int(v + rng.normal(0, 4)) for v in (170, 40))
+    image, mask = Image.new("L", (size, size), dark), Image.new("L", (size, size), 0)
+    centre, turn = size / 2 + rng.normal(0, size / 100, 2), rng.normal(0, 0.02)
+    angles = turn + np.arange(6) * np.pi / 3
+    holes = centre + 0.26 * size * np.stack([np.cos(angles), np.sin(angles)], 1)
+    ImageDraw.Draw(image).circle(tuple(centre), 0.42 * size, fill=metal)
+    for i, hole in enumerate(holes):
+        where = mask if defect == "hole_missing" and i == 0 else image
+        ImageDraw.Draw(where).circle(tuple(hole), 0.07 * size, fill=255 if where is mask else dark)
+    place = centre + rng.uniform(-0.15, 0.15, 2) * size
+    if defect == "scratch":
+        end = place + rng.uniform(0.1, 0.2, 2) * rng.choice([-1, 1], 2) * size
+        ImageDraw.Draw(mask).line([*place, *end], fill=255, width=max(1, size // 64))
+    if defect == "stain":
+        ImageDraw.Draw(mask).circle(tuple(place), rng.uniform(0.03, 0.06) * size, fill=255)
+    if defect in ("scratch", "stain"):
+        image.paste(metal - 50, mask=mask)
+    pixels = np.asarray(image) + rng.normal(0, 4, (size, size))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from the last check", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        print(f"train.py: error: {error_line(error)}", file=sys.stderr)
+        sys.exit(2)
