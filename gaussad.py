@@ -48,7 +48,6 @@ from torchvision.transforms.v2 import functional as F
 # ------------------------------------------------------------------------------------------------
 
 NORMAL = "good"  # MVTec AD's name for the folder of normal images
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 class Sample(NamedTuple):
@@ -68,79 +67,132 @@ def list_categories(root: str | Path) -> list[str]:
 
 
 def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
-    """The images of `root/category/split/<defect>/`, "train" or "test", sorted by defect and name.
+    """The images of `root/category/split/<defect>/`, "train" or "test", sorted by their paths.
 
-    A mask is `root/category/ground_truth/<defect>/<stem>_mask.png`, where that file exists. Raises
+    Of "train" those in "good". A mask lies as its image does, but in `root/category/ground_truth`,
+    and is called `<stem>_mask` or `<stem>`: an image by any suffix, or a folder of several. Raises
     ValueError where a folder is missing or holds no image.
     """
     if category not in (names := list_categories(root)):
         raise ValueError(f"no category {category!r} in {root}; there are: {', '.join(names)}")
-    folders = sorted(Path(root, category, split).glob(NORMAL if split == "train" else "[!.]*/"))
+    home, truth = Path(root, category, split), Path(root, category, "ground_truth")
+    folders = [folder for folder in sorted(home.glob("[!.]*/"))
+               if split == "test" or folder.name.lower() == NORMAL]  # fmt: skip
     if not folders:
-        raise ValueError(f"no folder {Path(root, category, split, NORMAL)}: the MVTec AD layout has "
-                         f"its {split} images there")  # fmt: skip
+        raise ValueError(f"no folder {home / NORMAL}: {split} images are in such folders")
+    masks = {path.relative_to(truth).with_suffix(""): path for path in sorted(truth.rglob("*"))
+             if path.is_dir() or path.suffix.lower() in _suffixes()}  # fmt: skip
     samples = []
-    for path in list_images(folders):
-        mask = Path(root, category, "ground_truth", path.parent.name, f"{path.stem}_mask.png")
-        samples.append(Sample(path, path.parent.name, mask if mask.is_file() else None))
+    for folder in folders:
+        defect = NORMAL if folder.name.lower() == NORMAL else folder.name
+        if defect.lower() in ("ok", "normal", "no_defect"):
+            warnings.warn(f"{folder} counts as a defect: normal images are in a folder {NORMAL!r}")
+        for path in list_images([folder]):
+            stem = path.relative_to(home).with_suffix("")
+            mask = masks.get(stem.with_name(f"{stem.name}_mask")) or masks.get(stem)
+            samples.append(Sample(path, defect, mask))
     return samples
 
 
 def list_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The image files that are named, and those in the folders that are named, sorted by name.
+    """The image files named, and what Pillow can read in the folders named, at any depth, sorted.
 
-    Raises ValueError for a path without an image.
+    What is hidden is left out; of other files a warning tells the number. Raises ValueError for a
+    path without an image.
     """
     files = []
     for path in map(Path, paths):
-        found = [path] if path.is_file() else []
-        if path.is_dir():
-            found = [file for file in sorted(path.glob("[!.]*"))
-                     if file.is_file() and file.suffix.lower() in SUFFIXES]  # fmt: skip
+        inside = [file for file in sorted(path.rglob("*")) if file.is_file()
+                  and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        found = [file for file in inside if file.suffix.lower() in _suffixes()]
+        found = [path] if path.is_file() else found
         if not found:
             raise ValueError(f"no images at {path}: give image files, or folders of them")
+        if len(inside) > len(found):
+            others = len(inside) - len(found)
+            warnings.warn(f"{others} files in {path} are no images by their names: passed over")
         files += found
     return files
 
 
-def hold_out(samples: Sequence, seed: int = 0) -> tuple[list, list]:
-    """Normal samples, shuffled by `seed`: (those to fit, those held out).
+def _suffixes() -> set[str]:
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
-    Held out are a fifth, but 16 at least, or half of them where that is less (*ours*). Raises
-    ValueError for fewer than six: a Gaussian needs three.
-    """
+
+def hold_out(samples: Sequence, seed: int = 0) -> tuple[list, list]:
+    """Normal samples, shuffled by `seed`: (those to fit, those held out). These are a fifth, but
+    16 at least, or half where that is less (*ours*). Raises ValueError for fewer than six."""
     n = len(samples)
     if n < 6:
-        raise ValueError(f"{n} normal images are too few: 6 are needed at the least")
+        raise ValueError(f"{n} different normal images are too few: 6 are needed at the least")
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     first = min(max(math.ceil(n / 5), 16), n // 2)
     return [samples[i] for i in shuffled[first:]], [samples[i] for i in shuffled[:first]]
+
+
+def without_copies(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) without those equal to an earlier one, of which a warning tells the
+    number: the copy of a fitted image, held out, would seem more normal than any other."""
+    first = {image.numpy().tobytes(): i for i, image in reversed(list(enumerate(images)))}
+    if copies := len(images) - len(first):
+        warnings.warn(f"{copies} of {len(images)} normal images are copies, and are left out")
+    return images[sorted(first.values())]
 
 
 def load_image(path: str | Path, size: int) -> Tensor:
     """Read an image of any mode as RGB, upright, resized whole to a square: (3, size, size) uint8.
 
     Bilinear, averaging over the source pixels; no crop, so that nothing of the part is lost
-    (*earlier code*). Of 16-bit images 0..65535 becomes 0..255. Raises ValueError, naming the file.
+    (*earlier code*). What is not opaque is drawn over black. Raises ValueError, naming the file.
     """
     with _opened(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no known range; save as 8 or 16 bits")
-        image = image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
+        deep = file.mode.startswith("I") or ";16" in str(file.tile)
+        image = _to_8_bits(file) if file.mode[0] in "IF" else file
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+        image = image.convert("RGB")
+        if deep and 0 < max(high for _, high in image.getextrema()) < 64:
+            raise ValueError("a quarter of 16 bits' range is used at most, as by a camera of 10 to "
+                             "14 bits: scale all images to the whole range, or save as 8 bits")
         return F.pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def load_mask(path: str | Path, size: int) -> Tensor:
-    """Read where a defect is, all that is not black, by nearest neighbour: (size, size) bool.
+def _to_8_bits(file: Image.Image) -> Image.Image:
+    """0..65535 becomes 0..255, where Pillow's own conversion would clip."""
+    inverted = getattr(file, "tag_v2", {}).get(262) == 0  # TIFF's white-is-zero
+    values = np.asarray(file)
+    if file.mode == "F" or inverted or values.min() < 0 or values.max() > 65535:
+        raise ValueError("pixels are not from 0, black, to 65535, white: save as 8 or 16 bits")
+    exif, image = file.getexif(), Image.fromarray((values // 257).astype(np.uint8))
+    image.getexif().update(exif)
+    return image
 
-    Raises ValueError, naming the file.
+
+def load_mask(path: str | Path, size: int, image: str | Path | None = None) -> Tensor:
+    """Read where a defect is: (size, size) bool, True if any source pixel within is of a defect.
+
+    That is what is opaque and not 0 (any channel, or a palette's index); where all that is opaque
+    is 0 and some is transparent, what is opaque. Of a folder, its masks together. Where EXIF turns
+    `image`, a mask of its raw size is turned with it. Raises ValueError, naming the file.
     """
+    if Path(path).is_dir():
+        return torch.stack([load_mask(file, size, image) for file in list_images([path])]).any(0)
     with _opened(path) as file:
-        mask = file.convert("L").resize((size, size), Image.Resampling.NEAREST)
-        return F.pil_to_tensor(mask)[0] > 0
+        bands = [np.asarray(file.getchannel(band)) for band in file.getbands() if band not in "Aa"]
+        defect, opaque = np.any(bands, 0), np.ones(file.size[::-1], bool)
+        if file.has_transparency_data:
+            opaque = np.asarray(file.convert("RGBA"))[..., 3] > 0
+        defect = defect & opaque if (defect & opaque).any() or opaque.all() else opaque
+    if image is not None:
+        with _opened(image) as file:
+            if file.size == defect.shape[::-1] and file.getexif().get(0x0112, 1) > 4:
+                turned = Image.fromarray(defect)
+                turned.getexif()[0x0112] = file.getexif()[0x0112]
+                defect = np.asarray(ImageOps.exif_transpose(turned))
+    defect = torch.from_numpy(defect.astype(np.float32))
+    return nn.functional.adaptive_max_pool2d(defect[None], size)[0] > 0
 
 
 @contextmanager
@@ -150,6 +202,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
             yield file
     except MemoryError:
         raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too big ({error}): shrink it, or cut it into tiles") from error
     except Exception as error:  # a decoder raises whatever it likes on a broken file
         raise ValueError(f"cannot read the image {path}: {error or type(error)}") from error
 
@@ -182,10 +236,10 @@ class FeatureExtractor(nn.Module):
                 dict, which may lack the classifier. One's own network brings its weights
     mean, std   per channel, of the images in [0, 1] that one's own network was trained on
 
-    The network stays in evaluation mode: batch norm keeps its statistics and nothing is dropped out
-    (*ours*: noise would blur a Gaussian of few images). Batch norm is then folded into torchvision's
-    convolutions: the same features, trained up to a third faster. Raises ValueError for an unknown
-    backbone, level or weights that do not fit, ConnectionError where ImageNet's cannot be had.
+    The network stays in evaluation mode, without dropout: noise would blur a Gaussian of few images
+    (*ours*). Batch norm is then folded into torchvision's convolutions: the same features, trained
+    up to a third faster. Raises ValueError for an unknown backbone, a level or weights that do not
+    fit, ConnectionError where ImageNet's cannot be had.
     """
 
     def __init__(self, backbone: str | Sequence[nn.Module] = "efficientnet_b4",
@@ -221,10 +275,13 @@ class FeatureExtractor(nn.Module):
         """One feature map (B, C_l, H_l, W_l) float32 per level, of images (B, 3, H, W) RGB.
 
         They are uint8 in 0..255 or float in [0, 1], and normalised here. Raises ValueError for
-        another dtype, whose range is not known.
+        others.
         """
         if not images.is_floating_point() and images.dtype != torch.uint8:
             raise ValueError(f"images are uint8, or floating-point in [0, 1], not {images.dtype}")
+        if images.is_floating_point() and not torch.compiler.is_compiling():
+            if images.min() < 0 or images.max() > 1:
+                raise ValueError("floating-point images are in [0, 1], and not yet normalised")
         x = (F.to_dtype(images, self.mean.dtype, scale=True) - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
         maps = []
@@ -245,12 +302,20 @@ class FeatureExtractor(nn.Module):
         return shapes
 
 
+@torch.no_grad()
 def _torchvision_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Module], list, list]:
     """The stages, and the mean and standard deviation of the images they were trained on."""
     if backbone not in BACKBONES:
         raise ValueError(f"no backbone {backbone!r}; there are: {', '.join(BACKBONES)}")
-    network = _network(backbone, weights).eval()
-    if isinstance(network, models.ResNet):
+    network = _imagenet(backbone) if weights == "imagenet" else models.get_model(backbone)
+    if weights == "random":  # with batch norm untrained, features would vanish with depth
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0  # the statistics of the last batch
+        network.train()(torch.rand(8, 3, 64, 64))
+    elif weights != "imagenet":
+        _load_weights(network, backbone, weights)
+    if isinstance(network.eval(), models.ResNet):
         stem = nn.Sequential(network.conv1, network.bn1, network.relu)
         layer1 = nn.Sequential(network.maxpool, network.layer1)
         stages = [stem, layer1, network.layer2, network.layer3, network.layer4]
@@ -261,39 +326,32 @@ def _torchvision_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Mod
     return stages, preset.mean, preset.std
 
 
-def _network(backbone: str, weights: str | Path) -> nn.Module:
-    if weights == "imagenet":
-        try:
-            return models.get_model(backbone, weights="IMAGENET1K_V1")
-        except Exception as error:  # no network, or a file in torch's cache that is broken
-            raise ConnectionError(f"no ImageNet weights of {backbone} ({error}): give the path of a "
-                                  "state dict, or 'random' to try things out") from error
-    network = models.get_model(backbone, weights=None)
-    if weights == "random":
-        _set_batch_norm_by_noise(network)
-    else:
-        _load_weights(network, backbone, weights)
-    return network
-
-
-@torch.no_grad()
-def _set_batch_norm_by_noise(network: nn.Module) -> None:
-    """With a mean of 0 and a variance of 1, features of random weights would vanish with depth."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # the statistics of the last batch
-    network.train()(torch.rand(8, 3, 64, 64))
+def _imagenet(backbone: str) -> nn.Module:
+    try:
+        return models.get_model(backbone, weights="IMAGENET1K_V1")
+    except Exception as error:  # no network, or a download that broke
+        raise ConnectionError(
+            f"no ImageNet weights of {backbone} ({error}): give a state dict's path, or 'random' "
+            f"to try things out; delete a broken download from {torch.hub.get_dir()}/checkpoints"
+        ) from error
 
 
 def _load_weights(network: nn.Module, backbone: str, path: str | Path) -> None:
+    state = load_plain(path)
+    for key in ("state_dict", "model"):  # of a training's checkpoint
+        state = state[key] if isinstance(state.get(key), dict) else state
     unneeded = re.compile(r"(classifier|fc)\.|.*\.num_batches_tracked$")
-    state, wanted = ({k: v for k, v in found.items() if not unneeded.match(str(k))}
-                     for found in (load_plain(path), network.state_dict()))  # fmt: skip
+    state = {re.sub(r"^((module|backbone|model)\.)+", "", str(k)): v for k, v in state.items()}
+    state, wanted = ({k: v for k, v in found.items() if not unneeded.match(k)}
+                     for found in (state, network.state_dict()))  # fmt: skip
     shape = lambda value: value.shape if isinstance(value, Tensor) else None
     wrong = [k for k in {*state, *wanted} if shape(state.get(k)) != shape(wanted.get(k))]
     if wrong:
-        raise ValueError(f"{path} does not hold the weights of {backbone}: {len(wrong)} tensors are "
-                         f"missing, unknown or of another shape, {min(map(str, wrong))!r} for one")
+        raise ValueError(f"{path} does not hold the weights of {backbone}: {len(wrong)} tensors "
+                         f"are missing, unknown or of another shape, {min(wrong)!r} for one; it has "
+                         f"{', '.join([*state][:2])}, … and wanted are {', '.join([*wanted][:2])}, …")
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ValueError(f"the weights in {path} are not all finite numbers")
     network.load_state_dict(state, strict=False)
 
 
@@ -331,7 +389,7 @@ class Moments:
     def add(self, samples: Tensor) -> Moments:
         """Add samples (..., N, C). Returns self. Raises DegenerateError on NaN or infinity."""
         if not samples.isfinite().all():
-            raise DegenerateError("the features have NaN or infinite entries: no Gaussian fits them")
+            raise DegenerateError("the features are not finite: no Gaussian fits them")
         if samples.shape[-2] == 0:
             return self
         x = samples.to(torch.float64)
@@ -386,7 +444,7 @@ class Moments:
 
 
 def ledoit_wolf(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Ledoit-Wolf covariance (..., C, C) and shrinkage (...) of samples (..., N, C): see Moments."""
+    """Ledoit-Wolf covariance (..., C, C) and shrinkage (...) of samples (..., N, C)."""
     return Moments().add(samples).ledoit_wolf()
 
 
@@ -487,9 +545,9 @@ class GaussianAD(nn.Module):
         return found
 
     def fit(self, batches: Iterable, maps: bool = True) -> GaussianAD:
-        """Fit the Gaussians, or all but those of maps, in one pass over normal images. Returns self.
+        """Fit the Gaussians, with or without those of maps, in one pass. Returns self.
 
-        Batches are images, or (images, label) pairs. What `calibrate` learnt stays. Raises
+        Batches are normal images, or (images, label) pairs. What `calibrate` learnt stays. Raises
         ValueError for fewer than three images or several sizes, DegenerateError for features that
         are not finite or do not vary.
         """
@@ -568,8 +626,8 @@ class GaussianAD(nn.Module):
         `anomaly_score` and the thresholds rest on them. Raises ValueError before fit,
         DegenerateError for fewer than two images or scores that do not vary.
         """
-        scored = [self.scores_and_maps(images) for images in images_of(batches, self.held_out.device)]
-        held_out = torch.cat([_both(*found) for found in scored])
+        batches = images_of(batches, self.held_out.device)
+        held_out = torch.cat([_both(*self.scores_and_maps(images)) for images in batches])
         if not (held_out.std(0) > 0).all():
             raise DegenerateError("calibration needs two held-out images that differ, at the least")
         self.held_out = held_out
@@ -598,12 +656,14 @@ class GaussianAD(nn.Module):
         """The value that the maximum of this share of normal maps is expected to exceed."""
         return tail_quantile(self.held_out[:, 1], 1 - false_alarms)
 
+    def _settings(self) -> dict:
+        return {"backbone": self.extractor.backbone, "levels": self.extractor.levels,
+                "map_levels": self.map_levels, "covariance": self.covariance}  # fmt: skip
+
     def save(self, path: str | Path, **more: object) -> None:
         """Write all that `load` needs, and `more` plain content, atomically to `path`. Raises
         OSError where that cannot be written; an old file then stays."""
-        settings = {"backbone": self.extractor.backbone, "levels": self.extractor.levels,
-                    "map_levels": self.map_levels, "covariance": self.covariance}  # fmt: skip
-        save_plain({"detector": settings, "image_size": self.image_size,
+        save_plain({"detector": self._settings(), "image_size": self.image_size,
                     "state": self.state_dict(), **more}, path)  # fmt: skip
 
     @classmethod
@@ -621,16 +681,17 @@ class GaussianAD(nn.Module):
             if extractor is None:
                 with torch.device("meta"):  # no memory and no random numbers for weights to come
                     extractor = FeatureExtractor(settings["backbone"], settings["levels"], "random")
-            if extractor.levels != settings["levels"]:
-                raise ValueError("the extractor given has other levels")
             detector = cls(extractor, settings["map_levels"], settings["covariance"])
+            if detector._settings() != settings:
+                raise ValueError("the extractor that is given is another")
             detector.image_size, detector.held_out = content["image_size"], state["held_out"]
             for name in {key.split(".")[1] for key in state if key.startswith("gaussians.")}:
                 mean, whitening = (state[f"gaussians.{name}.{of}"] for of in ("mean", "whitening"))
                 detector.gaussians[name] = Gaussian(mean, whitening)
             detector.load_state_dict(state, assign=True)
             if detector.image_size:  # what does not go together fails here
-                detector.scores_and_maps(torch.zeros(1, 3, *detector.image_size))
+                maps = len(detector.gaussians) > len(extractor.levels)
+                detector._distances(torch.zeros(1, 3, *detector.image_size), maps)
         except (AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is not a detector saved by this gaussad.py, or of one's own "
                              "network that is not the extractor given") from error
@@ -701,11 +762,17 @@ def load_plain(path: str | Path) -> dict:
     """Read a dict of tensors and settings onto the CPU; no code in the file is run. Raises OSError
     where it cannot be read, ValueError where it is anything else."""
     try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file  # only who has such a file needs the package
+
+            return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about files that it did not write
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
+    except ImportError as error:
+        raise ValueError(f"to read {path}, pip install safetensors") from error
     except Exception as error:  # the unpickler raises whatever it likes on other files
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is not a file saved by torch.save ({reason})") from error
@@ -836,7 +903,7 @@ class AugmentationValidator:
 
     @torch.no_grad()
     def __call__(self, score: Callable[[Tensor], Tensor], batch_size: int = 16) -> Validation:
-        """Judge a score, such as a detector: a function of images (B, 3, S, S) uint8 that gives (B,)
+        """Judge a score, such as a detector: a function of images (B, 3, S, S) uint8, giving (B,)
         on the CPU. Raises DegenerateError for scores not above zero, or all the same."""
 
         def log_scores(images: Tensor) -> Tensor:

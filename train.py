@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,9 @@ except ImportError:  # Windows, where two runs at once are not told
 
 from gaussad import (AUGMENTATIONS, COVARIANCES, LOCAL, Check, FeatureExtractor, GaussianAD,
                      atomic_path, error_line, fine_tune, hold_out, list_categories, list_images,
-                     list_samples, load_images, load_plain, pick_device, save_plain)  # fmt: skip
+                     list_samples, load_images, load_plain, pick_device, save_plain,
+                     without_copies)  # fmt: skip
+
 
 ELSEWHERE = {"out", "device", "workers", "force", "demo"}  # options that change no result
 DEMO = {"backbone": "mobilenet_v2", "levels": [3, 4, 7], "image_size": 128, "steps": 64,
@@ -49,6 +52,7 @@ DEMO = {"backbone": "mobilenet_v2", "levels": [3, 4, 7], "image_size": 128, "ste
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    warnings.formatwarning = lambda message, *_: f"train.py: {message}\n"
     args = parse(argv)
     device = pick_device(args.device)
     if args.demo:
@@ -72,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.demo and not failed:
         script = Path(__file__).with_name("evaluate.py")
         options = ["--data", args.data, "--category", "demo", "--out", args.out]
-        return subprocess.run([sys.executable, script, *options, "--device", args.device]).returncode
+        options += ["--device", args.device]
+        return subprocess.run([sys.executable, script, *options]).returncode
     return 2 if failed else 0
 
 
@@ -154,15 +159,15 @@ def train(args: Namespace, device: torch.device) -> None:
             print(f"{args.out} is finished; --force trains it anew")
             return
         detector = GaussianAD(extractor(args), args.map_levels, args.covariance).to(device)
-        fit, held_out = (load_images(part, args.image_size, args.workers)
-                         for part in hold_out(paths, args.seed))  # fmt: skip
+        images = without_copies(load_images(paths, args.image_size, args.workers))
+        fit, held_out = map(torch.stack, hold_out(images, args.seed))
         batches = Counted(DataLoader(fit, args.batch_size, shuffle=True))
         print(f"{args.out}: {len(fit)} images to fit, {len(held_out)} held out")
         print(" step     loss  seconds       s    gain over the best   AUROC in %")
         start = time.perf_counter()
+        augmentations = {name: AUGMENTATIONS[name] for name in args.augmentations}
         for check in fine_tune(detector, batches, held_out, args.steps, args.lr, args.patience,
-                               args.seed, training["state"],
-                               {name: AUGMENTATIONS[name] for name in args.augmentations}):  # fmt: skip
+                               args.seed, training["state"], augmentations):  # fmt: skip
             training["checks"].append(record(check, time.perf_counter() - start))
             batches.clear()
             print(line(training["checks"][-1]), flush=True)
@@ -182,7 +187,7 @@ def locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".lock").touch()
     except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+        raise ValueError(f"cannot write to {out}: {error.strerror}; choose an --out") from error
     with open(out / ".lock") as lock:
         if fcntl:
             try:
@@ -205,7 +210,7 @@ def earlier(path: Path, new: dict) -> dict:
     """How far the run with the same settings has come whose detector is there; else the new one."""
     training = load_plain(path).get("training")
     if training is None:
-        raise ValueError(f"{path} is not of train.py: choose another --out, or --force to replace it")
+        raise ValueError(f"{path} is not of train.py: choose another --out, or --force")
     return training if training["settings"] == new["settings"] else new
 
 
