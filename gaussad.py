@@ -347,9 +347,10 @@ def _load_weights(network: nn.Module, backbone: str, path: str | Path) -> None:
     shape = lambda value: value.shape if isinstance(value, Tensor) else None
     wrong = [k for k in {*state, *wanted} if shape(state.get(k)) != shape(wanted.get(k))]
     if wrong:
+        held, needed = (", ".join([*names][:2]) for names in (state, wanted))
         raise ValueError(f"{path} does not hold the weights of {backbone}: {len(wrong)} tensors "
-                         f"are missing, unknown or of another shape, {min(wrong)!r} for one; it has "
-                         f"{', '.join([*state][:2])}, … and wanted are {', '.join([*wanted][:2])}, …")
+                         f"are missing, unknown or of another shape, {min(wrong)!r} for one; it "
+                         f"has {held}, …, and {needed}, … are needed")  # fmt: skip
     if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"the weights in {path} are not all finite numbers")
     network.load_state_dict(state, strict=False)
@@ -389,7 +390,7 @@ class Moments:
     def add(self, samples: Tensor) -> Moments:
         """Add samples (..., N, C). Returns self. Raises DegenerateError on NaN or infinity."""
         if not samples.isfinite().all():
-            raise DegenerateError("the features are not finite: no Gaussian fits them")
+            raise DegenerateError("the features hold NaN or infinity: no Gaussian fits them")
         if samples.shape[-2] == 0:
             return self
         x = samples.to(torch.float64)
