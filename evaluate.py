@@ -16,44 +16,56 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
-import html
 import io
 import json
 import sys
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from gaussad import (NORMAL, GaussianAD, Sample, atomic_path, aupro, auroc, error_line,
-                     list_categories, list_images, list_samples, load_image, load_images, load_mask, load_plain,
-                     pick_device)  # fmt: skip
+                     list_categories, list_images, list_samples, load_image, load_images, load_mask,
+                     load_plain, pick_device)  # fmt: skip
 
-RESULTS = ["image_auroc", "image_auroc_from_map", "image_auroc_both", "pixel_auroc", "aupro",
-           "false_alarm_rate", "miss_rate", "f1"]  # fmt: skip
+RESULTS = {  # the figures that are tabulated, and what they are called
+    "image_auroc": "Image AUROC, the paper's score",
+    "image_auroc_from_map": "Image AUROC, the map's maximum",
+    "image_auroc_both": "Image AUROC, the anomaly score",
+    "pixel_auroc": "Pixel AUROC",
+    "aupro": "AU-PRO, to 30 % false positives",
+    "false_alarm_rate": "False alarms, of the normal images",
+    "miss_rate": "Misses, of the anomalous images",
+    "f1": "F1 of the verdicts",
+}
 RATES = (0.01, 0.05, 0.1)  # of false alarms, whose thresholds the report compares
 SHOWN = 6  # pictures of a kind in the report
+GREEN, BLUE = (0, 200, 60), (40, 90, 255)  # outlines: the true defect, the predicted one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    device = pick_device(args.device)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files a terminal has no letters for
+    warnings.formatwarning = lambda message, *_: f"evaluate.py: {message}\n"
+    args.device = pick_device(args.device)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names a terminal has no letters for
     if args.images:
-        return score_own(args, device)
+        return score_own(args)
     names = list_categories(args.data) if args.category == ["all"] else args.category
     alone = len(names) == 1 and args.category != ["all"]
     root, metrics = args.out or Path("runs"), {}
     for name in names:
         try:
             out = root if alone and args.out else root / name
-            metrics[name] = evaluate(args, name, out, device)
+            metrics[name] = evaluate(args, name, out)
         except Exception as error:
-            print(f"evaluate.py: error: {name}: {error_line(error)}", file=sys.stderr)
+            tell(f"{name}: {error_line(error)}")
     if metrics and not alone:
         write_results(root, metrics)
     return 0 if len(metrics) == len(names) else 2
@@ -61,17 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     head, _, rest = __doc__.partition("\n")
-    parser = Parser(description=head, epilog=rest,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=head, epilog=rest,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument  # without a usage, an error is one line
     add("--data", type=Path, help="folder of the categories, in the MVTec AD layout")
     add("--category", nargs="+", metavar="NAME", help="folders in --data; all: every one")
-    add("--images", type=Path, nargs="+", metavar="PATH",
-        help="your own images, files or folders, in place of --data and --category")
+    add("--images", type=Path, nargs="+", metavar="PATH", help="your own images, files or folders")
     add("--model", type=Path, metavar="FILE", help="the detector, or a folder of <category>/"
         "detector.pt (default: detector.pt in --out or in runs/<category>)")
     add("--out", type=Path, help="folder of the results (default: runs/<category>); of several "
-                                 "categories, of theirs (default: runs)")
+        "categories, of theirs (default: runs)")
     add("--pictures", action="store_true", help="draw the anomaly map of each image")
     add("--false-alarms", type=float, default=0.05, metavar="SHARE",
         help="of normal images that the threshold lets be called anomalous, about (0.05)")
@@ -79,8 +90,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=2, metavar="N", help="threads that decode images (2)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto: a GPU if any)")
     args = parser.parse_args(argv)
-    if not 0 < args.false_alarms < 1:
-        parser.error("--false-alarms is a share between 0 and 1, such as 0.05")
+    if not 0 < args.false_alarms < 1 or min(args.batch_size, args.workers) < 1:
+        parser.error("--false-alarms is between 0 and 1, --batch-size and --workers 1 or more")
     if args.images and (not args.model or args.data or args.category):
         parser.error("--images goes with --model, and without --data and --category")
     if not args.images and (args.data is None or args.category is None):
@@ -88,16 +99,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong; --help has the rest."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
-# ------------------------------------------------------------------------------------------------
-# Scoring
-# ------------------------------------------------------------------------------------------------
+def tell(error: str) -> None:
+    print(f"evaluate.py: error: {error}", file=sys.stderr)
 
 
 @dataclass
@@ -105,269 +108,245 @@ class Scored:
     """What a detector says of N images, on the CPU, and the thresholds it is judged by."""
 
     detector: GaussianAD
-    paths: list[Path]
+    samples: list[Sample]
+    labels: Tensor  # (N,) bool, which are anomalous
+    threshold: float  # of the anomaly score
+    map_threshold: float
     scores: Tensor  # (N,) the paper's
     maxima: Tensor  # (N,) of the maps
-    both: Tensor  # (N,) the one score
-    maps: Tensor | None  # (N, H, W), unless they were not kept
-    threshold: float  # of the one score
-    map_threshold: float
+    both: Tensor  # (N,) the anomaly score
+    maps: Tensor  # (N, H, W), or (0, H, W) where they were not kept
 
     @property
-    def anomalous(self) -> Tensor:
-        """(N,) bool, the verdicts."""
-        return self.both > self.threshold
+    def verdicts(self) -> list[str]:
+        return ["anomalous" if above else "normal" for above in self.both > self.threshold]
 
 
 @torch.inference_mode()
-def score(detector: GaussianAD, paths: list[Path], args: argparse.Namespace, device: torch.device,
-          keep_maps: bool = True) -> Scored:  # fmt: skip
-    """Score image files; their maps take 4 H W bytes each, which many images have no room for."""
-    found = []
-    for start in range(0, len(paths), args.batch_size):
-        images = load_images(paths[start : start + args.batch_size], detector.image_size[0],
-                             args.workers)  # fmt: skip
-        scores, maps = detector.scores_and_maps(images.to(device))
-        both = detector.anomaly_score(scores, maps)
-        maxima = maps.amax((1, 2))
-        found.append([x.cpu() for x in (scores, maxima, both, *[maps] * keep_maps)])
-    scores, maxima, both, *maps = map(torch.cat, zip(*found))
-    return Scored(detector, paths, scores, maxima, both, maps[0] if keep_maps else None,
-                  detector.threshold(args.false_alarms), detector.map_threshold(args.false_alarms))
+def score(path: Path, samples: list[Sample], args: argparse.Namespace, out: Path) -> Scored:
+    """Score images by the detector at `path`; write scores.csv and pictures to `out`."""
+    detector = GaussianAD.load(path, args.device)
+    thresholds = detector.threshold(args.false_alarms), detector.map_threshold(args.false_alarms)
+    readable, found = [], []
+    for batch, images in batches_of(samples, detector.image_size[0], args):
+        scores, maps = detector.scores_and_maps(images.to(args.device))
+        both, maxima = detector.anomaly_score(scores, maps), maps.amax((1, 2))
+        # many images of one's own have no room for their maps, 4 H W bytes each
+        kept = maps if args.data or args.pictures else maps[:0]
+        found.append([x.cpu() for x in (scores, maxima, both, kept)])
+        readable += batch
+    if not readable:
+        sys.exit(2)  # each one was told
+    labels = torch.tensor([sample.defect != NORMAL for sample in readable])
+    scored = Scored(detector, readable, labels, *thresholds, *map(torch.cat, zip(*found)))
+    out.mkdir(parents=True, exist_ok=True)
+    write_scores(out / "scores.csv", scored)
+    if args.pictures:
+        write_pictures(out / "pictures", scored)
+    return scored
 
 
-def find_detector(args: argparse.Namespace, category: str, out: Path) -> Path:
-    """Where the detector of a category is; raises ValueError where there is none."""
-    places = [out / "detector.pt", Path("runs") / category / "detector.pt"]
-    if args.model:
-        places = [args.model, args.model / category / "detector.pt", args.model / "detector.pt"]
-    for path in places:
-        if path.is_file():
-            return path
-    raise ValueError(f"no detector at {places[0]}: run train.py first, or name it by --model")
+def batches_of(samples: list[Sample], size: int, args: argparse.Namespace) -> Iterator[tuple]:
+    """Samples and their images, (B, 3, size, size). Those of one's own that cannot be read are told
+    and left out; of labelled data each has to be read."""
+    n = args.batch_size
+    batches = [samples[start : start + n] for start in range(0, len(samples), n)]
+    while batches:
+        batch = batches.pop(0)
+        try:
+            yield batch, load_images([sample.path for sample in batch], size, args.workers)
+        except ValueError as error:
+            if args.data:
+                raise
+            if len(batch) == 1:
+                tell(error_line(error))
+            else:
+                batches = [[sample] for sample in batch] + batches  # one by one
 
 
-def load(path: Path, device: torch.device) -> GaussianAD:
-    detector = GaussianAD.load(path, device)
-    if not len(detector.held_out) or len(set(detector.image_size)) > 1:
-        raise ValueError(f"{path} was not calibrated, or fitted to images that are not square")
-    return detector
+def score_own(args: argparse.Namespace) -> int:
+    """Score images of no data set; print score, verdict and path of each. The exit code."""
+    samples = [Sample(path, "", None) for path in list_images(args.images)]
+    out = args.out or args.model.parent / "scored"
+    scored = score(args.model, samples, args, out)
+    for value, verdict, sample in zip(scored.both, scored.verdicts, scored.samples):
+        print(f"{value:8.2f} {verdict:<9} {sample.path}")
+    print(f"The threshold is {scored.threshold:.2f}. scores.csv is in {out}")
+    return 0 if len(scored.samples) == len(samples) else 2
 
 
-def evaluate(args: argparse.Namespace, category: str, out: Path, device: torch.device) -> dict:
+def evaluate(args: argparse.Namespace, category: str, out: Path) -> dict:
     """Score and measure a category; write and print what is found, and return the metrics."""
-    path = find_detector(args, category, out)
+    path = find_detector(args.model, category, out)
     training = load_plain(path).get("training", {})
     trained_on = training.get("settings", {}).get("category")
     if trained_on not in (None, category):
         raise ValueError(f"{path} is the detector of {trained_on!r}, not of {category!r}")
-    detector = load(path, device)
-    samples = list_samples(args.data, category, "test")
-    out.mkdir(parents=True, exist_ok=True)
-    masks = [read_mask(sample, detector.image_size[0]) for sample in samples]
-    scored = score(detector, [sample.path for sample in samples], args, device)
-    labels = torch.tensor([sample.defect != NORMAL for sample in samples])
-    kept = [check["step"] for check in training.get("checks", []) if check["kept"]]
-    metrics = {**measure(samples, labels, scored), **measure_maps(scored.maps, masks),
-               **verdicts(labels, scored.both, scored.threshold),
-               "at_false_alarms": {str(rate): verdicts(labels, scored.both, detector.threshold(rate))
-                                   for rate in RATES},
-               "best_step": kept[-1] if kept else None}  # fmt: skip
-    write_json(out / "metrics.json", metrics)
-    names = [sample.defect for sample in samples]
-    write_scores(out / "scores.csv", scored, {"defect": names, "label": labels.int().tolist()})
-    print(table(category, samples, metrics))
-    if training and not training["finished"]:
-        print(f"The training of {path} is not finished: this is its best step so far.")
-    write_report(out / "report.html", category, metrics, training.get("checks", []), labels, scored,
-                 masks)
+    scored = score(path, list_samples(args.data, category, "test"), args, out)
+    steps = [check["step"] for check in training.get("checks", []) if check["kept"]]
+    metrics = {**measure(scored), "best_step": steps[-1] if steps else None}
+    notes = remarks(scored, metrics, unfinished=not training.get("finished", True))
+    write(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_report(out / "report.html", category, scored, metrics, notes)
+    print(text_table([[category, "in %"], *figures(metrics)]), *notes, sep="\n")
     print(f"metrics.json, scores.csv and report.html are in {out}")
-    if args.pictures:
-        write_pictures(out / "pictures", scored, names, masks)
     return metrics
 
 
-def score_own(args: argparse.Namespace, device: torch.device) -> int:
-    """Score images of no data set: the score, the verdict and the path of each."""
-    detector, paths = load(args.model, device), list_images(args.images)
-    out = args.out or args.model.parent / "scored"
-    out.mkdir(parents=True, exist_ok=True)
-    scored = score(detector, paths, args, device, keep_maps=args.pictures)
-    write_scores(out / "scores.csv", scored, {})
-    for value, anomalous, path in zip(scored.both.tolist(), scored.anomalous.tolist(), paths):
-        print(f"{value:8.2f} {'anomalous' if anomalous else 'normal':<9} {path}")
-    print(f"The threshold is {scored.threshold:.2f}. scores.csv is in {out}")
-    if args.pictures:
-        write_pictures(out / "pictures", scored, [""] * len(paths), [None] * len(paths))
-    return 0
+def find_detector(model: Path | None, category: str, out: Path) -> Path:
+    """Where the detector of a category is; raises ValueError where there is none."""
+    places = [out / "detector.pt", Path("runs") / category / "detector.pt"]
+    if model:
+        places = [model, model / category / "detector.pt", model / "detector.pt"]
+    for path in filter(Path.is_file, places):
+        return path
+    raise ValueError(f"no detector at {places[0]}: run train.py first, or name it by --model")
 
 
-# ------------------------------------------------------------------------------------------------
-# Metrics: in [0, 1], None where there is nothing to compute them from
-# ------------------------------------------------------------------------------------------------
+def measure(scored: Scored) -> dict:
+    """All of metrics.json but the best step."""
+    labels, both, samples = scored.labels, scored.both, scored.samples
+    masks = torch.stack([read_mask(sample, scored.maps.shape[-1]) for sample in samples])
+    known = ~labels | masks.any((1, 2))
+    metrics = {"image_auroc": if_any(auroc, scored.scores, labels),
+               "image_auroc_from_map": if_any(auroc, scored.maxima, labels),
+               "image_auroc_both": if_any(auroc, both, labels), "image_auroc_per_defect": {},
+               "pixel_auroc": if_any(auroc, scored.maps[known], masks[known]),
+               "aupro": if_any(aupro, scored.maps[known], masks[known]),
+               "n_normal": int((~labels).sum()), "n_anomalous": int(labels.sum()),
+               "n_without_mask": int((~known).sum()), **judge(scored, scored.threshold),
+               "at_false_alarms": {str(rate): judge(scored, scored.detector.threshold(rate))
+                                   for rate in RATES}}  # fmt: skip
+    for defect in sorted({sample.defect for sample in samples} - {NORMAL}):
+        of = torch.tensor([sample.defect in (NORMAL, defect) for sample in samples])
+        metrics["image_auroc_per_defect"][defect] = if_any(auroc, both[of], labels[of])
+    return metrics
 
 
-def read_mask(sample: Sample, size: int) -> Tensor | None:
-    """Where an image is anomalous, (size, size) bool: nowhere if normal, None if not known."""
-    if sample.defect == NORMAL:
+def read_mask(sample: Sample, size: int) -> Tensor:
+    """Where an image is known to be anomalous, (size, size) bool."""
+    if sample.mask is None:
         return torch.zeros(size, size, dtype=torch.bool)
-    return load_mask(sample.mask, size) if sample.mask else None
+    return load_mask(sample.mask, size, sample.path)
 
 
-def measure(samples: list[Sample], labels: Tensor, scored: Scored) -> dict:
-    """AUROC over all images of the three scores, and of each defect against all normal ones by the
-    one score."""
-    def of(scores: Tensor, chosen: Tensor = labels | True) -> float | None:
-        both = labels[chosen].any() and not labels[chosen].all()
-        return auroc(scores[chosen], labels[chosen]) if both else None
-
-    defects = sorted({sample.defect for sample in samples} - {NORMAL})
-    chosen = {defect: torch.tensor([sample.defect in (NORMAL, defect) for sample in samples])
-              for defect in defects}  # fmt: skip
-    return {"image_auroc": of(scored.scores), "image_auroc_from_map": of(scored.maxima),
-            "image_auroc_both": of(scored.both),
-            "image_auroc_per_defect": {d: of(scored.both, chosen[d]) for d in defects},
-            "n_normal": int((~labels).sum()), "n_anomalous": int(labels.sum())}  # fmt: skip
+def if_any(metric: Callable, values: Tensor, truth: Tensor) -> float | None:
+    """The metric, where something is anomalous and something is not."""
+    return metric(values, truth) if truth.any() and not truth.all() else None
 
 
-def verdicts(labels: Tensor, scores: Tensor, threshold: float) -> dict:
-    """The share of normal images called anomalous, of anomalous ones called normal, and
+def judge(scored: Scored, threshold: float) -> dict:
+    """The share of normal images above a threshold, of anomalous ones that are not, and
     F1 = 2 hits / (2 hits + misses + false alarms)."""
-    above, n = scores > threshold, int(labels.sum())
-    misses, alarms = int((labels & ~above).sum()), int((~labels & above).sum())
-    return {"threshold": threshold,
-            "false_alarm_rate": alarms / (len(labels) - n) if n < len(labels) else None,
-            "miss_rate": misses / n if n else None,
-            "f1": 2 * (n - misses) / (2 * n - misses + alarms) if n else None}  # fmt: skip
+    above = scored.both > threshold
+    share = lambda part: part.double().mean().item() if len(part) else None
+    hits, alarms = above[scored.labels], above[~scored.labels]
+    f1 = 2 * int(hits.sum()) / (int(above.sum()) + len(hits)) if len(hits) else None
+    return {"threshold": threshold, "false_alarm_rate": share(alarms), "miss_rate": share(~hits),
+            "f1": f1}  # fmt: skip
 
 
-def measure_maps(maps: Tensor, masks: list[Tensor | None]) -> dict:
-    """Pixel AUROC and AU-PRO over the images whose mask is known."""
-    known = [i for i, mask in enumerate(masks) if mask is not None]
-    truth = torch.stack([masks[i] for i in known]) if known else torch.zeros(0)
-    both = truth.any() and not truth.all()
-    return {"pixel_auroc": auroc(maps[known], truth) if both else None,
-            "aupro": aupro(maps[known], truth) if both else None,
-            "n_without_mask": len(masks) - len(known)}  # fmt: skip
+def remarks(scored: Scored, metrics: dict, unfinished: bool) -> list[str]:
+    """What a reader of the figures has to know."""
+    missing = sum(sample.defect != NORMAL and not sample.mask for sample in scored.samples)
+    left_out = metrics["n_without_mask"]
+    notes = {"{n_normal} normal and {n_anomalous} anomalous images.".format(**metrics): True,
+             "No AUROC: it needs normal (test/good) and anomalous images, both.":
+                 metrics["image_auroc_both"] is None,
+             f"{missing} anomalous images have no mask, such as ground_truth/<defect>/<stem>_mask.png, and "
+             f"{left_out - missing} an empty one: the pixel figures leave them out.": left_out,
+             "The training is not finished: this is its best step so far.": unfinished}  # fmt: skip
+    return [note for note, holds in notes.items() if holds]
 
 
-# ------------------------------------------------------------------------------------------------
-# Tables
-# ------------------------------------------------------------------------------------------------
+def figures(metrics: dict) -> list[list]:
+    """The rows of the table that is printed and in the report."""
+    rows = [[name, metrics[key]] for key, name in RESULTS.items()]
+    return rows + [[f"Image AUROC, {k} alone", v]
+                   for k, v in metrics["image_auroc_per_defect"].items()]  # fmt: skip
 
 
-def write_json(path: Path, content: dict) -> None:
-    with atomic_path(path) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n")
+def text_table(rows: list[list]) -> str:
+    """Rows of text and of shares, which are written in %."""
+    rows = [list(map(text, row)) for row in rows]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    return "\n".join(row[0].ljust(widths[0]) + "".join(map(str.rjust, row[1:], widths[1:]))
+                     for row in rows)  # fmt: skip
 
 
-def write_csv(path: Path, header: list[str], rows: Iterable) -> None:
-    names = {"encoding": "utf-8", "errors": "surrogateescape"}  # as the file system has them
-    with atomic_path(path) as part, part.open("w", newline="", **names) as file:
-        csv.writer(file).writerows([header, *rows])
+def html_table(rows: list[list]) -> str:
+    cells = ["".join(f"<td>{escape(text(cell), quote=False)}</td>" for cell in row) for row in rows]
+    return f"<table><tr>{'<tr>'.join(cells)}</table>"
 
 
-def write_scores(path: Path, scored: Scored, columns: dict[str, list]) -> None:
-    """One line per image: its path, the columns given, its verdict and scores."""
-    verdict = ["anomalous" if anomalous else "normal" for anomalous in scored.anomalous]
-    columns = {"path": [image.as_posix() for image in scored.paths], **columns, "verdict": verdict,
-               "anomaly_score": scored.both.tolist(), "score": scored.scores.tolist(),
-               "map_maximum": scored.maxima.tolist()}  # fmt: skip
-    write_csv(path, list(columns), zip(*columns.values()))
+def text(cell: str | float | None) -> str:
+    return "-" if cell is None else cell if isinstance(cell, str) else f"{100 * cell:.1f}"
+
+
+def write(path: Path, text: str) -> None:
+    with atomic_path(path) as part:  # names of files are written as the file system has them
+        part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def write_csv(path: Path, rows: Iterable) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write(path, text.getvalue())
+
+
+def write_scores(path: Path, scored: Scored) -> None:
+    """One line per image: its path, defect and label where they are known, verdict and scores."""
+    columns = {"path": [sample.path.as_posix() for sample in scored.samples]}
+    if scored.samples[0].defect:
+        columns |= {"defect": [sample.defect for sample in scored.samples],
+                    "label": scored.labels.int().tolist()}  # fmt: skip
+    columns |= {"verdict": scored.verdicts, "anomaly_score": scored.both.tolist(),
+                "score": scored.scores.tolist(), "map_maximum": scored.maxima.tolist()}
+    write_csv(path, [columns, *zip(*columns.values())])
 
 
 def write_results(root: Path, metrics: dict[str, dict]) -> None:
     """results.json and results.csv, a row each category, then the mean over them and its standard
     error; the same printed in %."""
-    rows = {name: [found[key] for key in RESULTS] for name, found in metrics.items()}
-    mean, error = [], []
-    for values in zip(*rows.values()):
-        known = np.array([value for value in values if value is not None])
-        mean.append(float(known.mean()) if len(known) else None)
-        error.append(float(known.std(ddof=1) / len(known) ** 0.5) if len(known) > 1 else None)
-    named = {name: dict(zip(RESULTS, values)) for name, values in rows.items()}
-    write_json(root / "results.json", {"categories": named, "mean": dict(zip(RESULTS, mean)),
-                                       "standard_error": dict(zip(RESULTS, error))})  # fmt: skip
-    rows |= {"mean": mean, "standard_error": error}
-    write_csv(root / "results.csv", ["category", *RESULTS], ([k, *v] for k, v in rows.items()))
-    for name, cells in {"in %": RESULTS, **rows}.items():
-        texts = [cell if isinstance(cell, str) else percent(cell) for cell in cells]
-        print(f"{name:<16}" + "".join(f"{text:>21}" for text in texts))
+    found = {name: {key: values[key] for key in RESULTS} for name, values in metrics.items()}
+    mean, error = {}, {}
+    for key in RESULTS:
+        known = [row[key] for row in found.values() if row[key] is not None]
+        mean[key] = fmean(known) if known else None
+        error[key] = stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
+    over_all = {"mean": mean, "standard_error": error}
+    write(root / "results.json", json.dumps({"categories": found, **over_all}, indent=2) + "\n")
+    rows = [[name, *row.values()] for name, row in [*found.items(), *over_all.items()]]
+    write_csv(root / "results.csv", [["category", *RESULTS], *rows])
+    print(text_table([["in %", *RESULTS], *rows]))
     print(f"results.json and results.csv are in {root}")
 
 
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def table(category: str, samples: list[Sample], metrics: dict) -> str:
-    """The metrics as text."""
-    n, anomalous, masked = len(samples), metrics["n_anomalous"], metrics["n_without_mask"]
-    rows = [(f"{defect}, AUROC", sum(sample.defect == defect for sample in samples), value)
-            for defect, value in metrics["image_auroc_per_defect"].items()]  # fmt: skip
-    rows += [("all anomalous, AUROC", anomalous, metrics["image_auroc_both"]),
-             ("  by the paper's score", anomalous, metrics["image_auroc"]),
-             ("  by the map's maximum", anomalous, metrics["image_auroc_from_map"]),
-             ("pixels, AUROC", n - masked, metrics["pixel_auroc"]),
-             ("pixels, AU-PRO to 30 %", n - masked, metrics["aupro"]),
-             ("false alarms", metrics["n_normal"], metrics["false_alarm_rate"]),
-             ("misses", anomalous, metrics["miss_rate"]),
-             ("F1 of the verdicts", n, metrics["f1"])]  # fmt: skip
-    lines = [f"{category:<24} images        in %"]
-    lines += [f"{name:<24} {images:>6} {percent(value):>11}" for name, images, value in rows]
-    if metrics["image_auroc"] is None:
-        lines.append("No AUROC: it needs normal (test/good) and anomalous images, both.")
-    if masked:
-        lines.append(f"{masked} anomalous images have no mask in ground_truth/ and are left out of "
-                     "the pixel figures.")  # fmt: skip
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------
-
-CAPTION = 24  # height of the caption in pixels
-GREEN, BLUE = (0, 200, 60), (40, 90, 255)  # outlines: the true defect, the predicted one
-
-
-def write_pictures(folder: Path, scored: Scored, names: list[str], masks: list) -> None:
+def write_pictures(folder: Path, scored: Scored) -> None:
     """A picture of each image, <defect>_<stem>.png, numbered where two would be the same."""
     folder.mkdir(exist_ok=True)
     taken = set()
-    for i, path in enumerate(scored.paths):
-        name = f"{names[i]}_{path.stem}"[:50].lstrip("_")
+    for i, sample in enumerate(scored.samples):
+        name = f"{sample.defect}_{sample.path.stem}"[:50].lstrip("_")
         name = f"{name}_{i}" if name.lower() in taken else name
         taken.add(name.lower())
         with atomic_path(folder / f"{name}.png") as part:
-            picture(scored, i, masks[i], name).save(part, "PNG")
-    print(f"Pictures are in {folder}")
+            picture(scored, i).save(part, "PNG")
 
 
-def picture(scored: Scored, i: int, mask: Tensor | None, name: str) -> Image.Image:
+def picture(scored: Scored, i: int) -> Image.Image:
     """Image i, and beside it the same under its map, with the true and the predicted outline.
-
-    Yellow begins where half of the held-out normal images have their maximum; red is at twice the
-    way from there to the threshold of the map.
-    """
-    anomaly_map = scored.maps[i]
+    Yellow begins at the median maximum of held-out images; red is twice as far as the threshold."""
+    anomaly_map, sample = scored.maps[i], scored.samples[i]
     usual = scored.detector.held_out[:, 1].median().item()
-    heat = ((anomaly_map - usual) / (scored.map_threshold - usual) / 2).clamp(0, 1)
-    heat = heat.double().numpy()[..., None]
-    plain = load_image(scored.paths[i], len(anomaly_map)).permute(1, 2, 0).numpy()
+    heat = (anomaly_map.double() - usual) / (scored.map_threshold - usual) / 2
+    heat = heat.clamp(0, 1).numpy()[..., None]
+    plain = load_image(sample.path, len(anomaly_map)).permute(1, 2, 0).numpy()
     colour = np.concatenate([0 * heat + 255, 255 * (1 - heat), 0 * heat], -1)  # yellow to red
     painted = plain + (colour - plain) * 0.7 * heat**0.5
     painted[outline(anomaly_map > scored.map_threshold)] = BLUE
-    if mask is not None:
-        painted[outline(mask)] = GREEN
-    both = np.concatenate([plain, painted.round().astype(np.uint8)], 1)
-    drawn = Image.new("RGB", (both.shape[1], both.shape[0] + CAPTION))
-    drawn.paste(Image.fromarray(both), (0, CAPTION))
-    verdict = "ANOMALOUS" if scored.anomalous[i] else "NORMAL"
-    text = f"{verdict} {scored.both[i]:.1f} (threshold {scored.threshold:.1f})  {name}"
-    font = ImageFont.load_default(min(14, len(plain) // 10))
-    ImageDraw.Draw(drawn).text((6, 4), text.encode("ascii", "replace"), fill="white", font=font)
-    return drawn
+    painted[outline(read_mask(sample, len(anomaly_map)))] = GREEN
+    return Image.fromarray(np.concatenate([plain, painted.round().astype(np.uint8)], 1))
 
 
 def outline(region: Tensor) -> np.ndarray:
@@ -375,120 +354,71 @@ def outline(region: Tensor) -> np.ndarray:
     return (region & (inner == 0)).numpy()
 
 
-# ------------------------------------------------------------------------------------------------
-# Report
-# ------------------------------------------------------------------------------------------------
-
-STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: auto; padding: 1em }
-h1, h2 { line-height: 1.2; margin: 1.2em 0 .4em } table { border-collapse: collapse }
-div { overflow-x: auto } td, th { padding: 3px 14px 3px 0; text-align: right; white-space: nowrap }
-tr { border-bottom: 1px solid #ddd } tr > :first-child { text-align: left } svg { max-width: 480px }
-figure { display: inline-block; margin: 0 1% 1em 0; width: 48%; min-width: 300px; max-width: 100% }
-img { width: 100% } .normal { fill: #279; color: #279 } .anomalous { fill: #c40; color: #c40 }
-.curve { fill: none; stroke-width: 2 } .axis { fill: none; stroke: #999 } .bar { opacity: .6 }
-text { font-size: 13px }"""
+STYLE = """body { font: 16px/1.5 system-ui; max-width: 1100px; margin: auto; padding: 1em }
+table { border-collapse: collapse } td { border-bottom: 1px solid #ddd; padding: 3px 12px 3px 0 }
+td + td { text-align: right } td, figcaption { overflow-wrap: break-word }
+figure { display: inline-block; width: 540px; max-width: 100%; margin: 0 6px 1em 0 }
+img, svg { width: 100%; max-width: 560px } path { stroke-width: 2 }"""
 
 
-def write_report(path: Path, category: str, metrics: dict, checks: list[dict], labels: Tensor,
-                 scored: Scored, masks: list[Tensor | None]) -> None:  # fmt: skip
+def write_report(path: Path, title: str, scored: Scored, metrics: dict, notes: list[str]) -> None:
     """All that was found of a category in one file of HTML that needs no other."""
-    figures = [[key, percent(metrics[key])] for key in RESULTS]
-    figures += [[f"image_auroc_both of {defect}", percent(value)]
-                for defect, value in metrics["image_auroc_per_defect"].items()]  # fmt: skip
-    rates = [[f"{100 * float(rate):.0f} %", f"{found['threshold']:.2f}",
-              *(percent(found[key]) for key in RESULTS[-3:])]
-             for rate, found in metrics["at_false_alarms"].items()]  # fmt: skip
-    training = [[check["step"], *("-" if check[key] is None else f"{check[key]:.2f}"
-                                  for key in ("loss", "separation", "gain", "standard_error")),
-                 "kept" * check["kept"]] for check in checks]  # fmt: skip
     parts = [
-        f"<h1>{html.escape(category)}</h1>", html_table(["", "%"], figures),
-        "<h2>Anomaly score</h2><p>Share of the <b class=normal>normal</b> and of the "
-        "<b class=anomalous>anomalous</b> images; the line is the threshold.</p>",
-        histogram(scored, labels),
-        "<h2>What other thresholds would have given</h2><p>By the share of false alarms that was "
-        "expected from held-out normal images; in %.</p>",
-        html_table(["expected", "threshold", "false alarms", "misses", "F1"], rates),
-        "<h2>ROC curve</h2><p>Of the anomaly score (solid), the paper's score (dashed) and the "
-        "map's maximum (dotted). The dot is the threshold.</p>", roc_curves(scored, labels),
-        f"<h2>Training</h2><p>Best step: {metrics['best_step']}.</p>",
-        html_table(["step", "loss", "s", "gain", "standard error", ""], training),
-        "<h2>Pictures</h2><p>Red is beyond the threshold of the map; outlined in blue what is "
-        "predicted, in green the true defect.</p>",
-    ]  # fmt: skip
-    for title, chosen in shown(scored, labels).items():
-        if chosen:
-            parts.append(f"<h2>{title}</h2>")
-        for i in chosen:
-            name = f"{scored.paths[i].parent.name}/{scored.paths[i].name}"
-            parts.append(inline(picture(scored, i, masks[i], name)))
-    page = (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
-            f'content="width=device-width"><title>{html.escape(category)}</title>'
-            f"<style>{STYLE}</style>" + "\n".join(parts))  # fmt: skip
-    with atomic_path(path) as part:
-        part.write_text(page, encoding="utf-8", errors="backslashreplace")
+        (title, escape(" ".join(notes)), html_table([["", "in %"], *figures(metrics)])),
+        ("Thresholds", "Each is chosen by the share of false alarms that is expected from held-out "
+         "normal images. What it gives here, in %:", html_table(
+            [["expected", "threshold", "false alarms", "misses", "F1"],
+             *([float(rate), f"{found['threshold']:.2f}", *list(found.values())[1:]]
+               for rate, found in metrics["at_false_alarms"].items())])),
+        ("Anomaly scores", "Each mark is an image. Those to the right of the line, the threshold "
+         f"{scored.threshold:.2f}, are called anomalous.", strips(scored)),
+        ("Pictures", "Beside each image the same under its anomaly map: yellow is unusual, red is "
+         "beyond the threshold of maps. Outlined in blue is the predicted defect, in green the "
+         "true one.", ""),
+        *((kind, "", "".join(figure(scored, i) for i in chosen))
+          for kind, chosen in shown(scored).items() if chosen)]  # fmt: skip
+    body = "".join(f"<h2>{escape(head)}</h2><p>{about}</p>{rest}" for head, about, rest in parts)
+    write(path, "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="
+          f"'width=device-width'><title>{escape(title)}</title><style>{STYLE}</style>{body}")
 
 
-def shown(scored: Scored, labels: Tensor) -> dict[str, list[int]]:
+def shown(scored: Scored) -> dict[str, list[int]]:
     """The images of the report, by title."""
-    order, above = scored.both.argsort(descending=True).tolist(), scored.anomalous
+    order, labels = scored.both.argsort(descending=True).tolist(), scored.labels
+    above = scored.both > scored.threshold
     near = (scored.both - scored.threshold).abs().argsort().tolist()
     kinds = {"Worst misses": [i for i in order[::-1] if labels[i] and not above[i]],
              "Worst false alarms": [i for i in order if not labels[i] and above[i]],
              "Most anomalous": order,
-             "Normal, and nearest to the threshold": [i for i in near if not labels[i]]}  # fmt: skip
+             "Normal, nearest to the threshold": [i for i in near if not labels[i]]}  # fmt: skip
     return {title: chosen[:SHOWN] for title, chosen in kinds.items()}
 
 
-def html_table(header: list[str], rows: list[list]) -> str:
-    def row(tag: str, cells: list) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
-
-    body = row("th", header) + "".join(row("td", cells) for cells in rows)
-    return f"<div><table>{body}</table></div>"
-
-
-def svg(*shapes: str) -> str:
-    """A drawing in a frame of 400 x 250, y downwards."""
-    frame = "<rect class=axis x=0 y=0 width=400 height=250 />"
-    return f'<svg viewBox="-2 -2 404 274">{frame}{"".join(shapes)}</svg>'
-
-
-def histogram(scored: Scored, labels: Tensor, bins: int = 40) -> str:
-    """Bars of the share of normal and anomalous images in each bin, and a line at the threshold."""
-    low, high = scored.both.min().item(), max(scored.both.max().item(), scored.threshold)
-    x = lambda value: 400 * (value - low) / (high - low or 1)
-    shapes = []
-    for label, name in enumerate(("normal", "anomalous")):
-        counts = torch.histc(scored.both[labels == label], bins, low, high)
-        heights = (240 * counts / counts.max().clamp(min=1)).tolist()
-        shapes += [f"<rect class='bar {name}' x={10 * i} y={250 - height:.1f} width=10 "
-                   f"height={height:.1f} />" for i, height in enumerate(heights)]  # fmt: skip
-    at = x(scored.threshold)
-    ticks = [f"<text x={x(value):.0f} y=268 text-anchor={anchor}>{value:.1f}</text>"
-             for value, anchor in ((low, "start"), (scored.threshold, "middle"), (high, "end"))]
-    return svg(*shapes, f"<path d='M{at:.1f} 0V250' stroke=black />", *ticks)
-
-
-def roc_curves(scored: Scored, labels: Tensor) -> str:
-    if labels.all() or not labels.any():
-        return "<p>It needs normal and anomalous images, both.</p>"
-    shapes = []
-    for values, dash in ((scored.both, "none"), (scored.scores, "8 4"), (scored.maxima, "2 3")):
-        above = values[:, None] >= torch.cat([values, values.new_tensor([torch.inf])]).sort()[0]
-        rates = [above[labels == label].double().mean(0) for label in (0, 1)]
-        points = " ".join(f"{400 * a:.1f},{250 - 250 * b:.1f}" for a, b in zip(*rates))
-        shapes.append(f'<polyline class=curve points="{points}" stroke=#36c stroke-dasharray="{dash}" />')
-    x, y = (scored.anomalous[labels == label].double().mean().item() for label in (0, 1))
-    return svg(*shapes, f"<circle cx={400 * x:.1f} cy={250 - 250 * y:.1f} r=5 />",
-               "<text x=400 y=268 text-anchor=end>false-positive rate</text>")  # fmt: skip
-
-
-def inline(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
+def figure(scored: Scored, i: int) -> str:
+    """A picture with its caption, in HTML."""
+    path, buffer = scored.samples[i].path, io.BytesIO()
+    picture(scored, i).save(buffer, "JPEG", quality=90)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img src="data:image/jpeg;base64,{data}" alt=""></figure>'
+    text = f"{path.parent.name}/{path.name}: {scored.both[i]:.1f}, called {scored.verdicts[i]}"
+    return (f'<figure><img src="data:image/jpeg;base64,{data}" alt=""><figcaption>{escape(text)}'
+            "</figcaption></figure>")  # fmt: skip
+
+
+def strips(scored: Scored) -> str:
+    """A row for each kind of image, a mark in it for each image, a line at the threshold: SVG."""
+    values, kinds = scored.both.tolist(), [sample.defect for sample in scored.samples]
+    low, high = min(*values, scored.threshold), max(*values, scored.threshold)
+    x = lambda value: f"{2 + 396 * (value - low) / (high - low or 1):.1f}"
+    shapes, y = "", 0
+    for kind in sorted(set(kinds), key=lambda kind: (kind != NORMAL, kind)):
+        marks = "".join(f"M{x(v)} {y + 20}v15" for v, k in zip(values, kinds) if k == kind)
+        shapes += (f"<text x=2 y={y + 15} font-size=13>{escape(kind[:50])}</text><path d='{marks}' "
+                   f"stroke={'#17688a' if kind == NORMAL else '#c43c00'} />")  # fmt: skip
+        y += 40
+    return (f"<svg viewBox='0 0 400 {y + 20}'>{shapes}<path stroke=black d='M{x(scored.threshold)} "
+            f"0V{y}M0 {y}H400' /><text y={y + 17} font-size=13>{low:.1f}</text><text x=200 "
+            f"y={y + 17} font-size=13 text-anchor=middle>anomaly score</text><text x=400 "
+            f"y={y + 17} font-size=13 text-anchor=end>{high:.1f}</text></svg>")  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -497,5 +427,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        print(f"evaluate.py: error: {error_line(error)}", file=sys.stderr)
+        tell(error_line(error))
         sys.exit(2)

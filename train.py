@@ -83,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     head, _, rest = __doc__.partition("\n")
-    parser = Parser(description=head, epilog=rest,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=head, epilog=rest,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument  # without a usage, an error is one line
     add("--data", type=Path, help="folder of the categories, in the MVTec AD layout")
     add("--category", nargs="+", metavar="NAME", help="folders in --data; all: every one")
     add("--normal", type=Path, metavar="FOLDER",
@@ -129,13 +129,6 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     return args
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong; --help has the rest."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
 def categories(args: Namespace) -> dict[str, Namespace]:
     """The arguments of each category that is asked for, with its run folder."""
     names = list_categories(args.data) if args.category == ["all"] else args.category
@@ -163,7 +156,7 @@ def train(args: Namespace, device: torch.device) -> None:
         fit, held_out = map(torch.stack, hold_out(images, args.seed))
         batches = Counted(DataLoader(fit, args.batch_size, shuffle=True))
         print(f"{args.out}: {len(fit)} images to fit, {len(held_out)} held out")
-        print(" step     loss  seconds       s    gain over the best   AUROC in %")
+        print(" step     loss  seconds       s  gain over best   AUROC in %")
         start = time.perf_counter()
         augmentations = {name: AUGMENTATIONS[name] for name in args.augmentations}
         for check in fine_tune(detector, batches, held_out, args.steps, args.lr, args.patience,
@@ -259,12 +252,11 @@ def line(check: dict) -> str:
     """A row of the table that is printed."""
     if check["failure"]:
         return f"Step {check['step']}: training has failed and ends: {check['failure']}"
-    shown = lambda key, form: "-" if check[key] is None else format(check[key], form)
-    gain = "-" if check["gain"] is None else f"{check['gain']:+.3f} ± {check['standard_error']:.3f}"
+    loss, s, gain, error = ("-" if check[key] is None else format(check[key], ".3f")
+                            for key in ("loss", "separation", "gain", "standard_error"))
     aurocs = ", ".join(f"{name} {100 * value:.1f}" for name, value in check["auroc"].items())
-    return (f"{check['step']:5d} {shown('loss', '.2f'):>8} {check['seconds']:8.1f} "
-            f"{shown('separation', '.3f'):>7} {gain:>21}   {aurocs}"
-            + "  best so far" * check["kept"])  # fmt: skip
+    return (f"{check['step']:5d} {loss:>8} {check['seconds']:8.1f} {s:>7} {gain:>8} ± {error:<6} "
+            + f"  {aurocs}" + "  best so far" * check["kept"])  # fmt: skip
 
 
 def save(path: Path, training: dict, detector: GaussianAD | None = None) -> None:
@@ -296,37 +288,38 @@ def draw_demo(root: Path, size: int = 128, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     plan = {"train/good": 48, "test/good": 16, "test/hole_missing": 8, "test/scratch": 8,
             "test/stain": 8}  # fmt: skip
-    for folder, count in plan.items():
-        defect = Path(folder).name
-        masks = root / "demo/ground_truth" / defect
-        for path in (root / "demo" / folder, *[masks] * (defect != "good")):
+    for name, count in plan.items():
+        folder = root / "demo" / name
+        masks = root / "demo/ground_truth" / folder.name
+        for path in (folder, masks):
             path.mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            image, mask = draw_disc(size, defect, rng)
-            image.save(root / "demo" / folder / f"{i:03d}.png")
-            if defect != "good":
+            image, mask = draw_disc(size, folder.name, rng)
+            image.save(folder / f"{i:03d}.png")
+            if folder.name != "good":
                 mask.save(masks / f"{i:03d}_mask.png")
 
 
 def draw_disc(size: int, defect: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """A disc with six holes, turned and lit a little differently each time."""
-    metal, dark = (int(v + rng.normal(0, 4)) for v in (170, 40))
+    """A disc with six holes, turned and lit a little differently each time, and where it is bad."""
+    metal, dark = (int(grey + rng.normal(0, 4)) for grey in (170, 40))
     image, mask = Image.new("L", (size, size), dark), Image.new("L", (size, size), 0)
-    centre, turn = size / 2 + rng.normal(0, size / 100, 2), rng.normal(0, 0.02)
-    angles = turn + np.arange(6) * np.pi / 3
+    disc, bad = ImageDraw.Draw(image), ImageDraw.Draw(mask)
+    centre = size / 2 + rng.normal(0, size / 100, 2)
+    angles = rng.normal(0, 0.02) + np.arange(6) * np.pi / 3
     holes = centre + 0.26 * size * np.stack([np.cos(angles), np.sin(angles)], 1)
-    ImageDraw.Draw(image).circle(tuple(centre), 0.42 * size, fill=metal)
-    for i, hole in enumerate(holes):
-        where = mask if defect == "hole_missing" and i == 0 else image
-        ImageDraw.Draw(where).circle(tuple(hole), 0.07 * size, fill=255 if where is mask else dark)
+    disc.circle(tuple(centre), 0.42 * size, fill=metal)
+    for hole in holes:
+        disc.circle(tuple(hole), 0.07 * size, fill=dark)
     place = centre + rng.uniform(-0.15, 0.15, 2) * size
+    if defect == "hole_missing":
+        bad.circle(tuple(holes[0]), 0.07 * size, fill=255)
     if defect == "scratch":
         end = place + rng.uniform(0.1, 0.2, 2) * rng.choice([-1, 1], 2) * size
-        ImageDraw.Draw(mask).line([*place, *end], fill=255, width=max(1, size // 64))
+        bad.line([*place, *end], fill=255, width=max(1, size // 64))
     if defect == "stain":
-        ImageDraw.Draw(mask).circle(tuple(place), rng.uniform(0.03, 0.06) * size, fill=255)
-    if defect in ("scratch", "stain"):
-        image.paste(metal - 50, mask=mask)
+        bad.circle(tuple(place), rng.uniform(0.03, 0.06) * size, fill=255)
+    image.paste(metal if defect == "hole_missing" else metal - 50, mask=mask)
     pixels = np.asarray(image) + rng.normal(0, 4, (size, size))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask
 
