@@ -10,10 +10,10 @@ Rippel, Chavan, Lei, Merhof: IMPROVE 2022, arXiv 2108.04116. It reads top to bot
     5. Validator    held-out normal images against augmented ones: a gain, or forgetting?
     6. Fine-tuning  lowers the score of normal images, the Gaussian held fixed, while 5 sees a gain
     7. Metrics      AUROC, AU-PRO
+    8. Files and devices
 
 Docstrings name the source of a step: *abstract* is the paper's, *earlier code* the authors' for
-their earlier paper (IEEE TIM 2021), *ours* what neither says. Nothing here prints.
-"""
+their earlier paper (IEEE TIM 2021), *ours* what neither says. Nothing here prints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from itertools import count, islice, pairwise
 from pathlib import Path
 from statistics import fmean
@@ -43,9 +42,7 @@ from torchvision import models
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-# ------------------------------------------------------------------------------------------------
-# 1. Data: the MVTec AD layout
-# ------------------------------------------------------------------------------------------------
+# ---- 1. Data: the MVTec AD layout --------------------------------------------------------------
 
 NORMAL = "good"  # MVTec AD's name for the folder of normal images
 
@@ -67,55 +64,50 @@ def list_categories(root: str | Path) -> list[str]:
 
 
 def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
-    """The images of `root/category/split/<defect>/`, "train" or "test", sorted by their paths.
-
-    Of "train" those in "good". A mask lies as its image does, but in `root/category/ground_truth`,
-    and is called `<stem>_mask` or `<stem>`: an image by any suffix, or a folder of several. Raises
-    ValueError where a folder is missing or holds no image.
-    """
+    """The images of `root/category/split/<defect>/`, "train" (only "good") or "test", sorted.
+    A mask lies as its image does, but in `root/category/ground_truth`, and is called `<stem>_mask`
+    or `<stem>`: an image, or a folder of several. Raises ValueError without folders or images."""
     if category not in (names := list_categories(root)):
         raise ValueError(f"no category {category!r} in {root}; there are: {', '.join(names)}")
     home, truth = Path(root, category, split), Path(root, category, "ground_truth")
-    folders = [folder for folder in sorted(home.glob("[!.]*/"))
-               if split == "test" or folder.name.lower() == NORMAL]  # fmt: skip
-    if not folders:
-        raise ValueError(f"no folder {home / NORMAL}: {split} images are in such folders")
     masks = {path.relative_to(truth).with_suffix(""): path for path in sorted(truth.rglob("*"))
-             if path.is_dir() or path.suffix.lower() in _suffixes()}  # fmt: skip
+             if path.is_dir() or path.suffix.lower() in suffixes()}  # fmt: skip
     samples = []
-    for folder in folders:
+    for folder in sorted(home.glob("[!.]*/")):
         defect = NORMAL if folder.name.lower() == NORMAL else folder.name
+        if split == "train" and defect != NORMAL:
+            continue
         if defect.lower() in ("ok", "normal", "no_defect"):
             warnings.warn(f"{folder} counts as a defect: normal images are in a folder {NORMAL!r}")
         for path in list_images([folder]):
             stem = path.relative_to(home).with_suffix("")
             mask = masks.get(stem.with_name(f"{stem.name}_mask")) or masks.get(stem)
             samples.append(Sample(path, defect, mask))
+    if not samples:
+        raise ValueError(f"no folder {home / NORMAL}: {split} images are in such folders")
     return samples
 
 
 def list_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The image files named, and what Pillow can read in the folders named, at any depth, sorted.
-
-    What is hidden is left out; of other files a warning tells the number. Raises ValueError for a
-    path without an image.
-    """
+    """The image files named, and those in the folders named, at any depth and not hidden, sorted.
+    Warns of other files. Raises ValueError for a path without an image."""
     files = []
     for path in map(Path, paths):
         inside = [file for file in sorted(path.rglob("*")) if file.is_file()
                   and not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        found = [file for file in inside if file.suffix.lower() in _suffixes()]
+        found = [file for file in inside if file.suffix.lower() in suffixes()]
         found = [path] if path.is_file() else found
         if not found:
             raise ValueError(f"no images at {path}: give image files, or folders of them")
         if len(inside) > len(found):
-            others = len(inside) - len(found)
-            warnings.warn(f"{others} files in {path} are no images by their names: passed over")
+            warnings.warn(f"{len(inside) - len(found)} files in {path} are no images by their "
+                          "names: passed over")  # fmt: skip
         files += found
     return files
 
 
-def _suffixes() -> set[str]:
+def suffixes() -> set[str]:
+    """Of the files that Pillow can read, such as ".png"."""
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
@@ -131,8 +123,8 @@ def hold_out(samples: Sequence, seed: int = 0) -> tuple[list, list]:
 
 
 def without_copies(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W) without those equal to an earlier one, of which a warning tells the
-    number: the copy of a fitted image, held out, would seem more normal than any other."""
+    """Images (N, 3, H, W) without those equal to an earlier one, of which it warns: a copy of a
+    fitted image, held out, would seem more normal than any other."""
     first = {image.numpy().tobytes(): i for i, image in reversed(list(enumerate(images)))}
     if copies := len(images) - len(first):
         warnings.warn(f"{copies} of {len(images)} normal images are copies, and are left out")
@@ -140,34 +132,25 @@ def without_copies(images: Tensor) -> Tensor:
 
 
 def load_image(path: str | Path, size: int) -> Tensor:
-    """Read an image of any mode as RGB, upright, resized whole to a square: (3, size, size) uint8.
-
-    Bilinear, averaging over the source pixels; no crop, so that nothing of the part is lost
-    (*earlier code*). What is not opaque is drawn over black. Raises ValueError, naming the file.
-    """
+    """Read an image as RGB, upright, resized whole to a square (*earlier code*): (3, size, size)
+    uint8. What is not opaque is drawn over black. Raises ValueError, naming the file."""
     with _opened(path) as file:
         deep = file.mode.startswith("I") or ";16" in str(file.tile)
-        image = _to_8_bits(file) if file.mode[0] in "IF" else file
-        image = ImageOps.exif_transpose(image)
+        inverted = getattr(file, "tag_v2", {}).get(262) == 0  # TIFF's white-is-zero
+        image = ImageOps.exif_transpose(file)
+        if image.mode[0] in "IF":  # Pillow's own conversion would clip
+            values = np.asarray(image)
+            if image.mode == "F" or inverted or values.min() < 0 or values.max() > 65535:
+                raise ValueError("pixels are not from 0, black, to 65535, white: save as 8 bits")
+            image = Image.fromarray((values // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
         image = image.convert("RGB")
-        if deep and 0 < max(high for _, high in image.getextrema()) < 64:
+        if deep and max(high for _, high in image.getextrema()) < 64:
             raise ValueError("a quarter of 16 bits' range is used at most, as by a camera of 10 to "
                              "14 bits: scale all images to the whole range, or save as 8 bits")
         return F.pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def _to_8_bits(file: Image.Image) -> Image.Image:
-    """0..65535 becomes 0..255, where Pillow's own conversion would clip."""
-    inverted = getattr(file, "tag_v2", {}).get(262) == 0  # TIFF's white-is-zero
-    values = np.asarray(file)
-    if file.mode == "F" or inverted or values.min() < 0 or values.max() > 65535:
-        raise ValueError("pixels are not from 0, black, to 65535, white: save as 8 or 16 bits")
-    exif, image = file.getexif(), Image.fromarray((values // 257).astype(np.uint8))
-    image.getexif().update(exif)
-    return image
 
 
 def load_mask(path: str | Path, size: int, image: str | Path | None = None) -> Tensor:
@@ -175,24 +158,30 @@ def load_mask(path: str | Path, size: int, image: str | Path | None = None) -> T
 
     That is what is opaque and not 0 (any channel, or a palette's index); where all that is opaque
     is 0 and some is transparent, what is opaque. Of a folder, its masks together. Where EXIF turns
-    `image`, a mask of its raw size is turned with it. Raises ValueError, naming the file.
-    """
+    `image`, a mask of its raw size is turned with it. Raises ValueError, naming the file."""
     if Path(path).is_dir():
         return torch.stack([load_mask(file, size, image) for file in list_images([path])]).any(0)
     with _opened(path) as file:
-        bands = [np.asarray(file.getchannel(band)) for band in file.getbands() if band not in "Aa"]
-        defect, opaque = np.any(bands, 0), np.ones(file.size[::-1], bool)
+        values = np.atleast_3d(np.asarray(file))
+        defect = (values[..., :-1] if file.mode[-1] in "Aa" else values).any(-1)
         if file.has_transparency_data:
             opaque = np.asarray(file.convert("RGBA"))[..., 3] > 0
-        defect = defect & opaque if (defect & opaque).any() or opaque.all() else opaque
+            told = opaque.all() or (defect & opaque).any()
+            defect = defect & opaque if told else opaque
     if image is not None:
-        with _opened(image) as file:
-            if file.size == defect.shape[::-1] and file.getexif().get(0x0112, 1) > 4:
-                turned = Image.fromarray(defect)
-                turned.getexif()[0x0112] = file.getexif()[0x0112]
-                defect = np.asarray(ImageOps.exif_transpose(turned))
+        defect = _turned_as(image, defect)
     defect = torch.from_numpy(defect.astype(np.float32))
     return nn.functional.adaptive_max_pool2d(defect[None], size)[0] > 0
+
+
+def _turned_as(image: str | Path, defect: np.ndarray) -> np.ndarray:
+    with _opened(image) as file:
+        orientation = file.getexif().get(0x0112, 1)
+        if file.size != defect.shape[::-1] or orientation <= 4:
+            return defect
+    mask = Image.fromarray(defect)
+    mask.getexif()[0x0112] = orientation
+    return np.asarray(ImageOps.exif_transpose(mask))
 
 
 @contextmanager
@@ -210,22 +199,18 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 
 def load_images(paths: Sequence[str | Path], size: int, workers: int = 2) -> Tensor:
     """`load_image` of each, (N, 3, size, size) uint8, by threads: Pillow leaves Python's lock."""
-    if min(len(paths), size, workers) < 1:
-        raise ValueError("the images, their size and the workers are 1 at the least")
     with ThreadPoolExecutor(workers) as pool:
-        return torch.stack(list(pool.map(partial(load_image, size=size), paths)))
+        return torch.stack(list(pool.map(lambda path: load_image(path, size), paths)))
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Features: the levels of an ImageNet network
-# ------------------------------------------------------------------------------------------------
+# ---- 2. Features: the levels of an ImageNet network --------------------------------------------
 
 BACKBONES = tuple(models.list_models(models, ["efficientnet_*", "mobilenet_*", "*resne*"]))
 PROBE = 224  # side of the blank image that tells the shapes of the levels
 
 
 class FeatureExtractor(nn.Module):
-    """The feature maps φ_l of some levels of a network.
+    """The feature maps φ_l of some levels of a network, in evaluation mode (*ours*: no dropout).
 
     backbone    torchvision's name of an EfficientNet, MobileNet or ResNet (*abstract*: pre-trained
                 on ImageNet); or one's own network, as stages that are each fed by the one before
@@ -236,11 +221,7 @@ class FeatureExtractor(nn.Module):
                 dict, which may lack the classifier. One's own network brings its weights
     mean, std   per channel, of the images in [0, 1] that one's own network was trained on
 
-    The network stays in evaluation mode, without dropout: noise would blur a Gaussian of few images
-    (*ours*). Batch norm is then folded into torchvision's convolutions: the same features, trained
-    up to a third faster. Raises ValueError for an unknown backbone, a level or weights that do not
-    fit, ConnectionError where ImageNet's cannot be had.
-    """
+    Raises ValueError for what does not fit, ConnectionError without ImageNet's weights."""
 
     def __init__(self, backbone: str | Sequence[nn.Module] = "efficientnet_b4",
                  levels: Sequence[int] | None = None, weights: str | Path = "imagenet",
@@ -255,7 +236,12 @@ class FeatureExtractor(nn.Module):
         self.stages = nn.ModuleList(backbone).eval()
         self.register_buffer("mean", torch.tensor(mean).float().view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).float().view(3, 1, 1))
-        shapes = self._shapes()
+        self.levels = list(range(1, len(self.stages) + 1))  # all of them, for their shapes
+        with torch.no_grad():
+            maps = self(torch.zeros(1, 3, PROBE, PROBE, dtype=torch.uint8))
+        shapes = [tuple(x.shape[1:]) for x in maps]
+        if any(len(shape) != 3 for shape in shapes):
+            raise ValueError(f"stages give feature maps (C, H, W), not {shapes}")
         self.strides = [PROBE / shape[-1] for shape in shapes]  # of level 1, 2, …
         if levels is None:
             last = [shape != following for shape, following in pairwise([*shapes, None])]
@@ -272,18 +258,15 @@ class FeatureExtractor(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """One feature map (B, C_l, H_l, W_l) float32 per level, of images (B, 3, H, W) RGB.
-
-        They are uint8 in 0..255 or float in [0, 1], and normalised here. Raises ValueError for
-        others.
-        """
+        """One feature map (B, C_l, H_l, W_l) float32 per level, on the network's device, of images
+        (B, 3, H, W) RGB on any device, uint8 or float in [0, 1]; ValueError for others."""
         if not images.is_floating_point() and images.dtype != torch.uint8:
             raise ValueError(f"images are uint8, or floating-point in [0, 1], not {images.dtype}")
         if images.is_floating_point() and not torch.compiler.is_compiling():
             if images.min() < 0 or images.max() > 1:
                 raise ValueError("floating-point images are in [0, 1], and not yet normalised")
-        x = (F.to_dtype(images, self.mean.dtype, scale=True) - self.mean) / self.std
-        x = x.contiguous(memory_format=torch.channels_last)
+        images = F.to_dtype(images.to(self.mean.device), self.mean.dtype, scale=True)
+        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         maps = []
         for level, stage in enumerate(self.stages, start=1):
             x = stage(x)
@@ -291,20 +274,11 @@ class FeatureExtractor(nn.Module):
                 maps.append(x)
         return maps
 
-    @torch.no_grad()
-    def _shapes(self) -> list[tuple[int, ...]]:
-        x, shapes = self.mean.new_zeros(1, 3, PROBE, PROBE), []
-        for stage in self.stages:
-            x = stage(x)
-            shapes.append(tuple(x.shape[1:]))
-        if any(len(shape) != 3 for shape in shapes):
-            raise ValueError(f"stages give feature maps (C, H, W), not {shapes}")
-        return shapes
-
 
 @torch.no_grad()
 def _torchvision_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Module], list, list]:
-    """The stages, and the mean and standard deviation of the images they were trained on."""
+    """The stages, batch norm folded into their convolutions (the same features, trained up to a
+    third faster), and the mean and standard deviation of the images they were trained on."""
     if backbone not in BACKBONES:
         raise ValueError(f"no backbone {backbone!r}; there are: {', '.join(BACKBONES)}")
     network = _imagenet(backbone) if weights == "imagenet" else models.get_model(backbone)
@@ -340,20 +314,19 @@ def _load_weights(network: nn.Module, backbone: str, path: str | Path) -> None:
     state = load_plain(path)
     for key in ("state_dict", "model"):  # of a training's checkpoint
         state = state[key] if isinstance(state.get(key), dict) else state
-    unneeded = re.compile(r"(classifier|fc)\.|.*\.num_batches_tracked$")
     state = {re.sub(r"^((module|backbone|model)\.)+", "", str(k)): v for k, v in state.items()}
-    state, wanted = ({k: v for k, v in found.items() if not unneeded.match(k)}
-                     for found in (state, network.state_dict()))  # fmt: skip
-    shape = lambda value: value.shape if isinstance(value, Tensor) else None
-    wrong = [k for k in {*state, *wanted} if shape(state.get(k)) != shape(wanted.get(k))]
-    if wrong:
-        held, needed = (", ".join([*names][:2]) for names in (state, wanted))
+    unneeded = re.compile(r"(classifier|fc)\.|.*\.num_batches_tracked$")
+    held, needed = ({k: getattr(v, "shape", None) for k, v in of.items() if not unneeded.match(k)}
+                    for of in (state, network.state_dict()))  # fmt: skip
+    if held != needed:
+        wrong = sorted(dict(held.items() ^ needed.items()))
+        held, needed = (", ".join([*names][:2]) for names in (held, needed))
         raise ValueError(f"{path} does not hold the weights of {backbone}: {len(wrong)} tensors "
-                         f"are missing, unknown or of another shape, {min(wrong)!r} for one; it "
+                         f"are missing, unknown or of another shape, {wrong[0]!r} for one; it "
                          f"has {held}, …, and {needed}, … are needed")  # fmt: skip
-    if not all(value.isfinite().all() for value in state.values()):
+    if not all(state[key].isfinite().all() for key in held):
         raise ValueError(f"the weights in {path} are not all finite numbers")
-    network.load_state_dict(state, strict=False)
+    network.load_state_dict({key: state[key] for key in held}, strict=False)
 
 
 def _fold_batch_norm(module: nn.Module) -> None:
@@ -367,9 +340,7 @@ def _fold_batch_norm(module: nn.Module) -> None:
         _fold_batch_norm(child)
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Gaussian: mean, Ledoit-Wolf covariance, Mahalanobis distance
-# ------------------------------------------------------------------------------------------------
+# ---- 3. Gaussian: mean, Ledoit-Wolf covariance, Mahalanobis distance ---------------------------
 
 
 class DegenerateError(ValueError):
@@ -378,11 +349,8 @@ class DegenerateError(ValueError):
 
 class Moments:
     """The sums that a mean and a Ledoit-Wolf covariance need, one batch at a time, float64.
-
-    Of z = x - o, with the origin o the mean of the first batch: Σ z, Σ z zᵀ, Σ ‖z‖² z, Σ ‖z‖⁴. A
-    common offset costs no digits; a mean a hundred standard deviations from o, half of the
-    shrinkage's. Leading dimensions are independent Gaussians.
-    """
+    Of z = x - o: sums of z, z zᵀ, ‖z‖² z and ‖z‖⁴, with o the mean of the first batch, so that a
+    common offset costs no digits. Leading dimensions are independent Gaussians."""
 
     def __init__(self) -> None:
         self.count, self.total, self.scatter, self.cubic, self.quartic = 0, 0, 0, 0, 0
@@ -391,8 +359,6 @@ class Moments:
         """Add samples (..., N, C). Returns self. Raises DegenerateError on NaN or infinity."""
         if not samples.isfinite().all():
             raise DegenerateError("the features hold NaN or infinity: no Gaussian fits them")
-        if samples.shape[-2] == 0:
-            return self
         x = samples.to(torch.float64)
         if self.count == 0:
             self.origin = x.mean(-2)
@@ -407,7 +373,7 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """μ = o + Σ z / n, (..., C)."""
+        """The mean μ = o + sum z / n, (..., C)."""
         return self.origin + self.total / self.count
 
     def ledoit_wolf(self) -> tuple[Tensor, Tensor]:
@@ -416,12 +382,11 @@ class Moments:
         Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance
         matrices", section 3.2 (*earlier code*); with y = x - μ and ‖A‖² = tr(A Aᵀ) / C
 
-            S = Σ y yᵀ / n,  m = tr(S) / C,  d² = ‖S - m I‖²
-            b² = min(d², Σ_k ‖y_k y_kᵀ - S‖² / n²)
+            S = sum y yᵀ / n,  m = tr(S) / C,  d² = ‖S - m I‖²
+            b² = min(d², sum ‖y yᵀ - S‖² / n²)
             covariance = (b²/d²) m I + (1 - b²/d²) S
 
-        With two samples the shrinkage is 0. Raises ValueError for fewer.
-        """
+        Raises ValueError for fewer than two samples."""
         if self.count < 2:
             raise ValueError(f"a covariance needs two samples at least, not {self.count}")
         n, c = self.count, self.origin.shape[-1]
@@ -436,11 +401,11 @@ class Moments:
         s.diagonal(dim1=-2, dim2=-1).add_((shrinkage * m).unsqueeze(-1))
         return s, shrinkage
 
-    def _quartic_about_mean(self, shift: Tensor) -> Tensor:
-        """Σ ‖z - s‖⁴ = Σ ‖z‖⁴ + 4 sᵀ (Σ z zᵀ s - Σ ‖z‖² z) + 2 ‖s‖² Σ ‖z‖² - 3 n ‖s‖⁴."""
-        along = (self.scatter @ shift.unsqueeze(-1)).squeeze(-1)
-        trace, s2 = self.scatter.diagonal(dim1=-2, dim2=-1).sum(-1), shift.square().sum(-1)
-        linear = (shift * (along - self.cubic)).sum(-1)
+    def _quartic_about_mean(self, s: Tensor) -> Tensor:
+        """sum ‖z - s‖⁴ = sum ‖z‖⁴ + 4 sᵀ (sum z zᵀ s - sum ‖z‖² z) + 2 ‖s‖² sum ‖z‖² - 3 n ‖s‖⁴."""
+        along = (self.scatter @ s.unsqueeze(-1)).squeeze(-1)
+        trace, s2 = self.scatter.diagonal(dim1=-2, dim2=-1).sum(-1), s.square().sum(-1)
+        linear = (s * (along - self.cubic)).sum(-1)
         return self.quartic + 4 * linear + 2 * s2 * trace - 3 * self.count * s2.square()
 
 
@@ -459,10 +424,8 @@ def whitening_matrix(covariance: Tensor) -> Tensor:
 
 
 class Gaussian(nn.Module):
-    """N(μ, Σ) as its mean (..., C) and whitening matrix (..., C, C), float64 buffers.
-
-    Leading dimensions are independent Gaussians: (h, w) where each location of a map has its own.
-    """
+    """N(μ, Σ) as its mean (..., C) and whitening matrix (..., C, C), float64 buffers; leading
+    dimensions are independent Gaussians: (h, w) where each location of a map has its own."""
 
     def __init__(self, mean: Tensor, whitening: Tensor) -> None:
         super().__init__()
@@ -471,14 +434,11 @@ class Gaussian(nn.Module):
 
     @classmethod
     def fit(cls, moments: Moments, floor: float = 0.0, covariance: str = "full") -> Gaussian:
-        """The Gaussian of the samples in `moments`, its covariance shrunk by Ledoit-Wolf.
+        """The Gaussian of samples; ValueError for less than three, DegenerateError if all alike.
 
         floor       share of the mean variance, over features and leading dimensions, that is added
                     to each variance (*ours*)
-        covariance  "full"; for comparison "diagonal" alone, or "identity": a Euclidean distance
-
-        Raises ValueError for fewer than three samples (of two, S is singular and not shrunk) and
-        DegenerateError where their spread is no more than float32's rounding.
+        covariance  "full": Ledoit-Wolf's; for comparison "diagonal" alone, or "identity": Euclidean
         """
         if moments.count < 3:
             raise ValueError(f"a Gaussian needs three samples at least, not {moments.count}")
@@ -500,24 +460,20 @@ class Gaussian(nn.Module):
         return torch.linalg.vector_norm(whitened, dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Detector
-# ------------------------------------------------------------------------------------------------
+# ---- 4. Detector -------------------------------------------------------------------------------
 
 COVARIANCES = ("full", "diagonal", "identity")
 MAP_FLOOR = 1e-1  # of the mean variance, added at every location of a map (ours)
 
 
 class GaussianAD(nn.Module):
-    """Gaussian anomaly detection: a feature extractor, one Gaussian per level, and for the anomaly
-    map one Gaussian per location of some levels.
+    """A feature extractor, one Gaussian per level, and for the anomaly map one per location.
 
     map_levels      levels that make the anomaly map; by default those of stride 16, or nearest to
                     it (*ours*). The Gaussians of a level take 8 h w C² bytes
     covariance      "full", "diagonal" or "identity": see `Gaussian.fit`
 
-    Images are what FeatureExtractor takes, all of one size, on the detector's device. Raises
-    ValueError for a map level that the extractor has not, or another covariance.
+    Images are what FeatureExtractor takes, all of one size. Raises ValueError for other arguments.
     """
 
     def __init__(self, extractor: FeatureExtractor, map_levels: Sequence[int] | None = None,
@@ -547,32 +503,24 @@ class GaussianAD(nn.Module):
 
     def fit(self, batches: Iterable, maps: bool = True) -> GaussianAD:
         """Fit the Gaussians, with or without those of maps, in one pass. Returns self.
-
-        Batches are normal images, or (images, label) pairs. What `calibrate` learnt stays. Raises
-        ValueError for fewer than three images or several sizes, DegenerateError for features that
-        are not finite or do not vary.
-        """
-        return self._fit_to(self._add(batches, defaultdict(Moments), maps))
+        Batches are normal images, or (images, label) pairs. Raises ValueError for fewer than three
+        images or several sizes, DegenerateError for features not finite or that do not vary."""
+        return self._fit(batches, defaultdict(Moments), maps)
 
     def fit_and_calibrate(self, batches: Iterable, held_out: Tensor) -> GaussianAD:
-        """Fit to normal images, `calibrate` by those held out, then fit to both. Returns self.
-
-        More images make better Gaussians, of maps above all; thresholds then err on the side of
-        fewer false alarms (*ours*).
-        """
-        moments = self._add(batches, defaultdict(Moments))
-        self._fit_to(moments).calibrate(held_out.split(16))
-        return self._fit_to(self._add(held_out.split(16), moments))
+        """Fit to normal images, `calibrate` by those held out, then fit to both: more images make
+        better Gaussians, and thresholds then err towards fewer false alarms (*ours*)."""
+        moments = defaultdict(Moments)
+        self._fit(batches, moments).calibrate(held_out.split(16))
+        return self._fit(held_out.split(16), moments)
 
     @torch.no_grad()
-    def _add(self, batches: Iterable, moments: dict, maps: bool = True) -> dict[str, Moments]:
-        for images in images_of(batches, self.held_out.device):
+    def _fit(self, batches: Iterable, moments: dict[str, Moments], maps: bool = True) -> GaussianAD:
+        """Fit to the batches and what was added to the moments before."""
+        for images in _images_of(batches):
             self.image_size = list(images.shape[-2:])
             for name, features in self._features(images, maps).items():
                 moments[name].add(features.movedim(0, -2))
-        return moments
-
-    def _fit_to(self, moments: dict[str, Moments]) -> GaussianAD:
         self.gaussians = nn.ModuleDict()
         for name, sums in moments.items():
             floor = MAP_FLOOR if name.startswith("map") else 0.0
@@ -585,8 +533,7 @@ class GaussianAD(nn.Module):
         return sum(self._distances(images, maps=False).values())
 
     def loss(self, images: Tensor) -> Tensor:
-        """The mean score of normal images, which fine-tuning minimises, the Gaussian held fixed
-        (*abstract*)."""
+        """The mean score, which fine-tuning minimises, the Gaussian held fixed (*abstract*)."""
         return self.forward(images).mean()
 
     def anomaly_map(self, images: Tensor) -> Tensor:
@@ -595,7 +542,6 @@ class GaussianAD(nn.Module):
 
     def scores_and_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The paper's score (B,) float64, as `forward`, and the anomaly map (B, H, W) float32.
-
         A map is the distance at each location of a map level to the Gaussian of that location,
         bilinearly resized to the image and summed over the map levels (*ours*; a Gaussian per
         location is PaDiM's, Defard et al. 2020). Raises ValueError as `forward`, or without maps.
@@ -605,9 +551,8 @@ class GaussianAD(nn.Module):
             if name.startswith("pooled"):
                 scores = scores + distance
             else:
-                maps = maps + nn.functional.interpolate(
-                    distance.float().unsqueeze(1), self.image_size, mode="bilinear"
-                )
+                distance = distance.float().unsqueeze(1)
+                maps = maps + nn.functional.interpolate(distance, self.image_size, mode="bilinear")
         return scores, maps.squeeze(1)
 
     def _distances(self, images: Tensor, maps: bool) -> dict[str, Tensor]:
@@ -621,37 +566,33 @@ class GaussianAD(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable) -> GaussianAD:
-        """Keep the score and the map's maximum of held-out normal images: `held_out`, (N, 2).
-        Returns self.
-
-        `anomaly_score` and the thresholds rest on them. Raises ValueError before fit,
-        DegenerateError for fewer than two images or scores that do not vary.
-        """
-        batches = images_of(batches, self.held_out.device)
-        held_out = torch.cat([_both(*self.scores_and_maps(images)) for images in batches])
+        """Keep the score and the map's maximum of held-out normal images, `held_out` (N, 2), for
+        `anomaly_score` and the thresholds. Returns self. Raises ValueError before fit,
+        DegenerateError for fewer than two images or scores that do not vary."""
+        found = []
+        for images in _images_of(batches):
+            scores, maps = self.scores_and_maps(images)
+            found.append(torch.stack([scores, maps.amax((-2, -1)).double()], 1))
+        held_out = torch.cat(found)
         if not (held_out.std(0) > 0).all():
             raise DegenerateError("calibration needs two held-out images that differ, at the least")
         self.held_out = held_out
         return self
 
     def anomaly_score(self, scores: Tensor, maps: Tensor) -> Tensor:
-        """The one score to rank and to judge by, of what `scores_and_maps` gives: (B,) float64.
-
-        The sum of the paper's score, which sees the whole image, and of the map's maximum, which
-        sees one place, each standardised over the held-out normal images: 0 for a usual image
-        (*ours*). Raises ValueError before `calibrate`.
-        """
-        return self._standardised(_both(scores, maps))
-
-    def _standardised(self, both: Tensor) -> Tensor:
+        """The one score to rank and to judge by, of what `scores_and_maps` gives: (B,) float64. The
+        paper's score, of the whole image, plus the map's maximum, of one place, each standardised
+        over held-out normal images (*ours*). Raises ValueError before `calibrate`."""
         if not len(self.held_out):
             raise ValueError("the detector has no held-out scores: calibrate it first")
+        both = torch.stack([scores, maps.amax((-2, -1)).double()], 1)
         return ((both - self.held_out.mean(0)) / self.held_out.std(0)).sum(1)
 
     def threshold(self, false_alarms: float = 0.05) -> float:
         """The `anomaly_score` that a share, in (0, 1), of normal images is expected to exceed.
         Raises ValueError before `calibrate`."""
-        return tail_quantile(self._standardised(self.held_out), 1 - false_alarms)
+        scores, maxima = self.held_out.unbind(1)
+        return tail_quantile(self.anomaly_score(scores, maxima[:, None, None]), 1 - false_alarms)
 
     def map_threshold(self, false_alarms: float = 0.05) -> float:
         """The value that the maximum of this share of normal maps is expected to exceed."""
@@ -662,8 +603,7 @@ class GaussianAD(nn.Module):
                 "map_levels": self.map_levels, "covariance": self.covariance}  # fmt: skip
 
     def save(self, path: str | Path, **more: object) -> None:
-        """Write all that `load` needs, and `more` plain content, atomically to `path`. Raises
-        OSError where that cannot be written; an old file then stays."""
+        """Write all that `load` needs, and `more` plain content, as `save_plain` does."""
         save_plain({"detector": self._settings(), "image_size": self.image_size,
                     "state": self.state_dict(), **more}, path)  # fmt: skip
 
@@ -672,10 +612,8 @@ class GaussianAD(nn.Module):
     def load(cls, path: str | Path, device: torch.device | str = "cpu",
              extractor: FeatureExtractor | None = None) -> GaussianAD:  # fmt: skip
         """Rebuild what `save` wrote, on `device`; nothing is downloaded, no code in it is run.
-
         Of one's own network give the extractor, built as it was for training. Raises OSError where
-        the file cannot be read, ValueError where it is not such a detector.
-        """
+        the file cannot be read, ValueError where it is not such a detector."""
         content = load_plain(path)
         try:
             settings, state = content["detector"], content["state"]
@@ -690,44 +628,34 @@ class GaussianAD(nn.Module):
                 mean, whitening = (state[f"gaussians.{name}.{of}"] for of in ("mean", "whitening"))
                 detector.gaussians[name] = Gaussian(mean, whitening)
             detector.load_state_dict(state, assign=True)
-            if detector.image_size:  # what does not go together fails here
-                maps = len(detector.gaussians) > len(extractor.levels)
-                detector._distances(torch.zeros(1, 3, *detector.image_size), maps)
         except (AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is not a detector saved by this gaussad.py, or of one's own "
                              "network that is not the extractor given") from error
         return detector.to(device)
 
 
-def _both(scores: Tensor, maps: Tensor) -> Tensor:
-    """The paper's score (B,) and the maximum of the map (B, H, W), as (B, 2) float64."""
-    return torch.stack([scores, maps.amax((-2, -1)).double()], 1)
-
-
-def images_of(batches: Iterable, device: torch.device | str) -> Iterator[Tensor]:
-    """The images (B, 3, H, W) of batches, or of (images, label) pairs, on the device. Raises
-    ValueError where there are none, or of several sizes."""
+def _images_of(batches: Iterable) -> Iterator[Tensor]:
+    """The images (B, 3, H, W) of batches, or of (images, label) pairs; ValueError where there are
+    none, or of several sizes."""
     size = None
     for batch in batches:
         images = batch if isinstance(batch, Tensor) else batch[0]
         size = size or images.shape[-2:]
         if images.shape[-2:] != size:
             raise ValueError(f"images of {list(size)} and {list(images.shape[-2:])}: resize them")
-        yield images.to(device)
+        yield images
     if size is None:
         raise ValueError("no images, or batches that cannot be iterated again, as a list can")
 
 
 def tail_quantile(scores: Tensor, quantile: float) -> float:
     """The value that a share `quantile`, in (0, 1), of future scores stays below; scores (N,).
-
     Few scores do not reach far into the tail: where fewer than min(k, 10) lie past the quantile, k
     being a fifth of them, the excess over the next score u is taken as exponential (*ours*):
 
-        t = u + Σ excess · ((k / (N (1 - quantile)))^(1/k) - 1)
+        t = u + (sum of the excesses) ((k / (N (1 - quantile)))^(1/k) - 1)
 
-    Raises ValueError for no scores, NaN, or a quantile out of range.
-    """
+    Raises ValueError for no scores, NaN, or a quantile out of range."""
     if not 0 < quantile < 1 or not len(scores) or scores.isnan().any():
         raise ValueError("a quantile in (0, 1) of at least one score, none of them NaN, is needed")
     n, scores = len(scores), scores.double().sort(descending=True)[0]
@@ -738,10 +666,314 @@ def tail_quantile(scores: Tensor, quantile: float) -> float:
     return (scores[k] + excess * ((k / (n * (1 - quantile))) ** (1 / k) - 1)).item()
 
 
+# ---- 5. Augmentation validator: when does fine-tuning begin to forget? -------------------------
+# Each augmentation takes uint8 images (B, 3, S, S), gives as many, and draws from torch's default
+# generator, as torchvision's transforms do, on the CPU. An image's partner is the one before it.
+
+
+def mixup(images: Tensor, alpha: float = 1.0) -> Tensor:
+    """x̃_i = λ x_i + (1 - λ) x_j with λ ~ Beta(α, α) for each image (Zhang et al. 2018)."""
+    weight = torch.distributions.Beta(alpha, alpha).sample((len(images), 1, 1, 1))
+    return torch.lerp(images.roll(1, 0).float(), images.float(), weight).round().to(images.dtype)
+
+
+def cutout(images: Tensor) -> Tensor:
+    """Blank a square at a random place with the image's mean colour (DeVries and Taylor 2017)."""
+    blank = images.float().mean((-2, -1), keepdim=True).round().to(images.dtype)
+    return torch.where(_squares(images), blank, images)
+
+
+def cutmix(images: Tensor) -> Tensor:
+    """Paste a square of another image at the same place (Yun et al. 2019)."""
+    return torch.where(_squares(images), images.roll(1, 0), images)
+
+
+def augmix(images: Tensor) -> Tensor:
+    """A mixture of chains of random operations (Hendrycks et al. 2020): torchvision's AugMix."""
+    return torch.stack([v2.AugMix()(image) for image in images])
+
+
+def _squares(images: Tensor) -> Tensor:
+    """Where a square about a random centre lies, cut at the border: (B, 1, H, W) bool.
+    Its area is 0.2 to 10 % of the image's, log-uniform: larger ones are told at once, frozen or
+    fine-tuned, and so tell nothing (*ours*)."""
+    share = torch.empty(len(images), 1).uniform_(math.log(0.002), math.log(0.1)).exp()
+    inside = []
+    for length in images.shape[-2:]:
+        centre = torch.rand(len(images), 1)
+        inside.append(((torch.arange(length) + 0.5) / length - centre).abs() < share.sqrt() / 2)
+    return (inside[0][:, :, None] & inside[1][:, None, :]).unsqueeze(1)
+
+
+AUGMENTATIONS = {"mixup": mixup, "cutout": cutout, "cutmix": cutmix, "augmix": augmix}
+LOCAL = {"cutout": cutout, "cutmix": cutmix}  # those that change one place, as defects do
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the validator finds at one moment of fine-tuning."""
+
+    auroc: dict[str, float]  # held-out normal images against each augmentation, by name
+    parts: Tensor  # (N,) of the separation, one of each held-out image; their mean is s
+
+    @property
+    def separation(self) -> float:
+        """s: how far augmented images score above normal ones, in standard deviations."""
+        return self.parts.mean().item()
+
+    def gain_over(self, other: Validation) -> tuple[float, float]:
+        """The gain of s over another moment's, and its standard error, paired by image."""
+        gain = self.parts - other.parts
+        return gain.mean().item(), (gain.std() / math.sqrt(len(gain))).item()
+
+
+class AugmentationValidator:
+    """Tells a gain of fine-tuning from the onset of forgetting, without an anomalous image.
+
+    Held-out normal images x are to score low and their augmented versions x̃ high (*abstract*: the
+    augmentations of vicinal risk minimisation detect the onset of forgetting). How far is ours:
+
+        s = mean of r / σ,  r = log d(x̃) - log d(x),  σ the standard deviation of log d(x)
+
+    with d the score, log d(x̃) the mean over augmentations and draws. For log-normal scores the
+    AUROC between the two is Φ(s/√2), but s does not saturate. Its standard error comes from the
+    influence of each image; with l = log d(x), s is the mean over i of
+
+        s_i = r_i / σ - r̄ ((l_i - l̄)² / σ² - 1) / (2 σ)
+
+    images          (N, 3, S, S) uint8 on the CPU, normal, not fitted to; ValueError for N < 2
+    seed            of the augmented images, which are drawn once
+    versions        augmented images of each augmentation, at least; as many of each image
+    augmentations   functions by name, such as AUGMENTATIONS"""
+
+    def __init__(self, images: Tensor, seed: int = 0, versions: int = 128,
+                 augmentations: dict[str, Callable] = LOCAL) -> None:  # fmt: skip
+        if len(images) < 2 or images.dtype != torch.uint8:
+            raise ValueError("the validator needs two held-out images at the least, uint8")
+        self.normal, draws = images, math.ceil(versions / len(images))
+        with seeded(seed):
+            self.augmented = {name: torch.cat([augment(images) for _ in range(draws)])
+                              for name, augment in augmentations.items()}  # fmt: skip
+
+    @torch.no_grad()
+    def __call__(self, score: Callable[[Tensor], Tensor], batch_size: int = 16) -> Validation:
+        """Judge a score, such as a detector: a function of images (B, 3, S, S) uint8, giving (B,).
+        Raises DegenerateError for scores not above zero, or all the same."""
+
+        def log_scores(images: Tensor) -> Tensor:
+            found = torch.cat([score(batch).double().cpu() for batch in images.split(batch_size)])
+            if not (found > 0).all():
+                raise DegenerateError("the validator needs scores above zero, and found others")
+            return found.log()
+
+        normal = log_scores(self.normal)
+        augmented = {name: log_scores(images) for name, images in self.augmented.items()}
+        aurocs = {}
+        for name, logs in augmented.items():
+            labels = torch.arange(len(normal) + len(logs)) >= len(normal)
+            aurocs[name] = auroc(torch.cat([normal, logs]), labels)
+        versions = torch.cat(list(augmented.values())).view(-1, len(normal))
+        r, sigma = versions.mean(0) - normal, normal.std(correction=0)
+        if sigma == 0:
+            raise DegenerateError("the scores of held-out images are all the same")
+        z = (normal - normal.mean()) / sigma
+        return Validation(aurocs, r / sigma - r.mean() * (z.square() - 1) / (2 * sigma))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's default generator for the block; afterwards it goes on as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+# ---- 6. Fine-tuning ----------------------------------------------------------------------------
+
+FIRST_CHECK = 32  # steps: the first few throw the features off, and what is judged then misleads
+
+
+@dataclass(frozen=True)
+class Check:
+    """What fine-tuning has come to after some steps."""
+
+    step: int
+    kept: bool = False  # the best so far; the detector is then fitted to all images and calibrated
+    loss: float | None = None  # the mean over the steps since the check before
+    validation: Validation | None = None  # None with steps=0, or after a failure
+    gain: tuple[float, float] | None = None  # of s over the best before, and its standard error
+    state: dict | None = None  # plain tensors and numbers, with which `fine_tune` goes on from here
+    failure: str = ""  # why it ended here: features that are no longer finite
+
+
+def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: int = 512,
+              lr: float = 1e-4, patience: int = 3, seed: int = 0, state: dict | None = None,
+              augmentations: dict[str, Callable] = LOCAL) -> Iterator[Check]:  # fmt: skip
+    """Fine-tune a detector on normal images; yield a check at steps 0, 32, 64, 128, … and the last.
+
+    Training pulls the features to the Gaussians of the pre-trained ones, which are put back for it
+    (*abstract*: the distance to the estimated Gaussian is the objective); what is judged and kept
+    has Gaussians of the features as they are. A check is kept if s has gained more than two
+    standard errors over the best one kept before; after `patience` checks that were not, it ends.
+    That, and Adam on all parameters at a constant rate, is ours.
+
+    batches     images, or (images, label) pairs, that can be iterated again, such as a list or a
+                DataLoader. Torch's default generator is seeded before, so that it shuffles alike
+    held_out    (N, 3, H, W) uint8, normal, not among the batches
+    steps       at most; 0 fits the frozen network, and does not validate
+    state       of a check: goes on from it to the same bits, the other arguments being the same"""
+    if steps < 0 or patience < 1 or not 0 <= lr < math.inf:
+        raise ValueError("steps and rate are 0 or more, patience 1 or more, and all are finite")
+    if steps == 0:
+        with seeded(seed):
+            detector.fit_and_calibrate(batches, held_out)
+        yield Check(0, kept=True)
+        return
+    validator = AugmentationValidator(held_out, seed, augmentations=augmentations)
+    optimizer = torch.optim.Adam(detector.parameters(), lr=lr)
+    with seeded(seed):
+        pretrained = detector.fit(batches, maps=False).gaussians
+    done, since, best = -1, 0, None
+    if state is not None:
+        done, since, best = state["step"], state["since"], Validation(**state["best"])
+        detector.extractor.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+    checks = [0, *(FIRST_CHECK << k for k in range(40) if FIRST_CHECK << k < steps), steps]
+    for step in (step for step in checks if step > done):
+        detector.gaussians = pretrained
+        try:
+            with seeded(seed + step):
+                loss = _train_and_refit(detector, optimizer, batches, step - max(done, 0))
+            found = validator(detector)
+        except DegenerateError as error:
+            if step == 0:
+                raise
+            yield Check(step, failure=f"{error}; try a smaller learning rate")
+            return
+        gain = found.gain_over(best) if best else None
+        kept = gain is None or gain[0] > 2 * gain[1]
+        done, since, best = step, 0 if kept else since + 1, found if kept else best
+        if kept:
+            with seeded(seed + step):
+                detector.fit_and_calibrate(batches, held_out)
+        state = {"step": step, "since": since, "best": vars(best),
+                 "network": detector.extractor.state_dict(), "optimizer": optimizer.state_dict()}
+        yield Check(step, kept, loss, found, gain, deepcopy(state))
+        if since == patience:
+            return
+
+
+def _train_and_refit(detector: GaussianAD, optimizer: torch.optim.Optimizer, batches: Iterable,
+                     steps: int) -> float | None:  # fmt: skip
+    """Take some steps, if any, then fit the Gaussians anew; the mean of the steps' losses."""
+    if steps == 0:
+        return None
+    losses = []
+    endless = (images for _ in count() for images in _images_of(batches))
+    for images in islice(endless, steps):
+        optimizer.zero_grad()
+        loss = detector.loss(images)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    detector.fit(batches, maps=False)
+    return fmean(losses)
+
+
+# ---- 7. Metrics --------------------------------------------------------------------------------
+
+
+def auroc(scores: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve: P(anomalous > normal) + P(anomalous = normal) / 2, in [0, 1].
+    Of scores and labels of any shape, the same; labels 1 for anomalous, 0 for normal. Exact with
+    ties: pairs are counted in integers. Raises ValueError for a NaN, for other labels, or where one
+    of the two classes is missing."""
+    scores, labels = torch.as_tensor(scores).flatten(), torch.as_tensor(labels).flatten()
+    labelled = scores.shape == labels.shape and ((labels == 0) | (labels == 1)).all()
+    if not labelled or scores.isnan().any():
+        raise ValueError("AUROC needs one label, 0 or 1, for each score, and no NaN")
+    anomalous, normal = scores[labels == 1], scores[labels == 0].sort()[0]
+    if not len(anomalous) or not len(normal):
+        raise ValueError(f"AUROC needs both classes: {len(normal)} normal, {len(anomalous)} not")
+    below = torch.searchsorted(normal, anomalous).sum()
+    not_above = torch.searchsorted(normal, anomalous, right=True).sum()
+    return (below + not_above).item() / (2 * len(anomalous) * len(normal))
+
+
+def aupro(maps: Tensor, masks: Tensor, fpr_limit: float = 0.3) -> float:
+    """Area under the per-region-overlap curve up to a false-positive rate, over that rate: [0, 1].
+    Every value of the maps is a threshold t; pixels with map >= t are classified as anomalous.
+    PRO (Bergmann et al. 2021, "The MVTec Anomaly Detection Dataset", IJCV) is the share of a true
+    region that is, the mean over regions; FPR the share of normal pixels that is. The curve from
+    (0, 0) is linear between thresholds, and its last point interpolated at the limit.
+
+    maps, masks (N, H, W); masks 1 where anomalous, regions 8-connected. Exact: no bins. Raises
+    ValueError for NaN, other shapes, masks or limits, and without anomalous or normal pixels."""
+    if maps.ndim != 3 or maps.shape != masks.shape or not ((masks == 0) | (masks == 1)).all():
+        raise ValueError("AU-PRO needs maps and masks of 0 and 1, both (N, H, W)")
+    if maps.isnan().any() or not 0 < fpr_limit <= 1:
+        raise ValueError("AU-PRO needs maps without NaN, and a limit in (0, 1]")
+    anomalous = masks.flatten() == 1
+    if anomalous.all() or not anomalous.any():
+        raise ValueError("AU-PRO needs anomalous and normal pixels, both")
+    regions = label_regions(masks == 1).flatten()
+    size = regions.bincount()[regions]  # of the region that a pixel lies in
+    n_regions = (1 / size[anomalous].double()).sum().round()
+    step = (1 / (n_regions * size.double())).where(anomalous, 0)  # PRO gained by telling a pixel
+    values, order = maps.flatten().sort(descending=True)
+    ends = values[1:] != values[:-1]  # not diff(): infinities are equal too
+    last = torch.cat([ends, ends.new_ones(1)])  # of equal values
+    pro = step[order].cumsum(0)[last]
+    normal = (~anomalous)[order].cumsum(0)[last].double()
+    area = _area_up_to(fpr_limit, normal / normal[-1], pro)
+    return min(1.0, area / fpr_limit)  # rounding can carry a perfect map past 1
+
+
+def _area_up_to(limit: float, x: Tensor, y: Tensor) -> float:
+    """∫ y dx from 0 to the limit, 0 < limit <= x[-1], of the polygon (0, 0), (x_1, y_1), …"""
+    zero = x.new_zeros(1)
+    x, y = torch.cat([zero, x]), torch.cat([zero, y])
+    end = int(torch.searchsorted(x, limit))  # the first point at or past the limit
+    share = (limit - x[end - 1]) / (x[end] - x[end - 1])
+    y_limit = y[end - 1] + share * (y[end] - y[end - 1])
+    x, y = torch.cat([x[:end], zero + limit]), torch.cat([y[:end], zero + y_limit])
+    return torch.trapezoid(y, x).item()
+
+
+def label_regions(masks: Tensor) -> Tensor:
+    """Number the 8-connected regions of masks (N, H, W) bool: (N, H, W) int64, 0 where normal.
+    Each region has a number of its own over all masks, not consecutive: 1 + the last of its pixels.
+    """
+    labels = torch.zeros(masks.shape, dtype=torch.int64, device=masks.device)
+    numbers = torch.arange(1, masks.numel() + 1, device=masks.device).view(masks.shape)
+    for i in masks.flatten(1).any(1).nonzero().flatten().tolist():
+        rows, columns = (masks[i].any(axis).nonzero() for axis in (1, 0))
+        box = i, slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+        labels[box] = _last_of_region(numbers[box], masks[box])
+    return labels
+
+
+def _last_of_region(numbers: Tensor, mask: Tensor) -> Tensor:
+    """Let every pixel of a region in a mask (H, W) take the highest number in it; 0 where normal.
+    Each pixel points to one of its region, at first itself. It looks at its neighbours for one
+    that points further on, then follows the pointer of where it points to, which about doubles
+    the way it sees, until nothing moves."""
+    pointer = torch.arange(1.0, mask.numel() + 1, dtype=torch.float64, device=mask.device)
+    pointer = pointer.view(mask.shape) * mask  # float64, as max_pool2d takes no integers
+    while True:
+        seen = nn.functional.max_pool2d(pointer[None], 3, stride=1, padding=1)[0] * mask
+        further = seen.flatten()[(seen.long() - 1).clamp(min=0)] * mask
+        if torch.equal(further, pointer):
+            return numbers.flatten()[(pointer.long() - 1).clamp(min=0)] * mask
+        pointer = further
+
+
+# ---- 8. Files and devices ----------------------------------------------------------------------
+
+
 def pick_device(name: str = "auto") -> torch.device:
-    """The CPU for "cpu", a GPU for "cuda" (ValueError where there is none), and for "auto" a GPU
-    where there is one. Switches TF32 off: scores rest on the directions of least variance, which
-    its rounding would drown first."""
+    """The CPU, or for "cuda" a GPU (else ValueError), for "auto" a GPU if any. Switches TF32 off:
+    its rounding would drown the directions of least variance, on which scores rest."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("no CUDA device was found; use the CPU")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -800,337 +1032,3 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# 5. Augmentation validator: when does fine-tuning begin to forget?
-# ------------------------------------------------------------------------------------------------
-# Each augmentation takes uint8 images (B, 3, S, S), gives as many, and draws from torch's default
-# generator, as torchvision's transforms do, on the CPU. An image's partner is the one before it.
-
-
-def mixup(images: Tensor, alpha: float = 1.0) -> Tensor:
-    """x̃_i = λ x_i + (1 - λ) x_j with λ ~ Beta(α, α) for each image (Zhang et al. 2018)."""
-    weight = torch.distributions.Beta(alpha, alpha).sample((len(images), 1, 1, 1))
-    return torch.lerp(images.roll(1, 0).float(), images.float(), weight).round().to(images.dtype)
-
-
-def cutout(images: Tensor) -> Tensor:
-    """Blank a square at a random place with the image's mean colour (DeVries and Taylor 2017)."""
-    blank = images.float().mean((-2, -1), keepdim=True).round().to(images.dtype)
-    return torch.where(_squares(images), blank, images)
-
-
-def cutmix(images: Tensor) -> Tensor:
-    """Paste a square of another image at the same place (Yun et al. 2019)."""
-    return torch.where(_squares(images), images.roll(1, 0), images)
-
-
-def augmix(images: Tensor) -> Tensor:
-    """A mixture of chains of random operations (Hendrycks et al. 2020): torchvision's AugMix."""
-    return torch.stack([v2.AugMix()(image) for image in images])
-
-
-def _squares(images: Tensor) -> Tensor:
-    """Where a square about a random centre lies, cut at the border: (B, 1, H, W) bool.
-
-    Its area is 0.2 to 10 % of the image's, log-uniform: larger ones, as for a classifier's
-    robustness, are told at once, frozen or fine-tuned, and so tell nothing (*ours*).
-    """
-    share = torch.empty(len(images), 1).uniform_(math.log(0.002), math.log(0.1)).exp()
-    inside = []
-    for length in images.shape[-2:]:
-        centre = torch.rand(len(images), 1)
-        inside.append(((torch.arange(length) + 0.5) / length - centre).abs() < share.sqrt() / 2)
-    return (inside[0][:, :, None] & inside[1][:, None, :]).unsqueeze(1)
-
-
-AUGMENTATIONS = {"mixup": mixup, "cutout": cutout, "cutmix": cutmix, "augmix": augmix}
-LOCAL = {"cutout": cutout, "cutmix": cutmix}  # those that change one place, as defects do
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What the validator finds at one moment of fine-tuning."""
-
-    auroc: dict[str, float]  # held-out normal images against each augmentation, by name
-    parts: Tensor  # (N,) of the separation, one of each held-out image; their mean is s
-
-    @property
-    def separation(self) -> float:
-        """s: how far augmented images score above normal ones, in standard deviations."""
-        return self.parts.mean().item()
-
-    def gain_over(self, other: Validation) -> tuple[float, float]:
-        """The gain of s over another moment's, and its standard error: paired, so that most of the
-        spread between images cancels."""
-        gain = self.parts - other.parts
-        return gain.mean().item(), (gain.std() / math.sqrt(len(gain))).item()
-
-
-class AugmentationValidator:
-    """Tells a gain of fine-tuning from the onset of forgetting, without an anomalous image.
-
-    Held-out normal images x are to score low and their augmented versions x̃ high (*abstract*: the
-    augmentations of vicinal risk minimisation detect the onset of forgetting). How far is ours:
-
-        s = mean of r / σ,  r = log d(x̃) - log d(x),  σ the standard deviation of log d(x)
-
-    with d the score, log d(x̃) the mean over augmentations and draws. For log-normal scores the
-    AUROC between the two is Φ(s/√2), but s does not saturate. Its standard error comes from the
-    influence of each image; with l = log d(x), s is the mean over i of
-
-        s_i = r_i / σ - r̄ ((l_i - l̄)² / σ² - 1) / (2 σ)
-
-    images          (N, 3, S, S) uint8 on the CPU, normal, not used for fitting
-    seed            of the augmented images, which are drawn once
-    versions        augmented images of each augmentation, at least; as many of each image
-    augmentations   functions by name, such as AUGMENTATIONS. Those that change the whole image can
-                    bring it nearer to the mean as the network improves
-
-    Raises ValueError for fewer than two images, or another dtype.
-    """
-
-    def __init__(self, images: Tensor, seed: int = 0, versions: int = 128,
-                 augmentations: dict[str, Callable] = LOCAL) -> None:  # fmt: skip
-        if len(images) < 2 or images.dtype != torch.uint8:
-            raise ValueError("the validator needs two held-out images at the least, uint8")
-        self.normal, draws = images, math.ceil(versions / len(images))
-        with seeded(seed):
-            self.augmented = {
-                name: torch.cat([augment(images) for _ in range(draws)])
-                for name, augment in augmentations.items()
-            }
-
-    @torch.no_grad()
-    def __call__(self, score: Callable[[Tensor], Tensor], batch_size: int = 16) -> Validation:
-        """Judge a score, such as a detector: a function of images (B, 3, S, S) uint8, giving (B,)
-        on the CPU. Raises DegenerateError for scores not above zero, or all the same."""
-
-        def log_scores(images: Tensor) -> Tensor:
-            found = torch.cat([score(batch).double() for batch in images.split(batch_size)])
-            if not (found > 0).all():
-                raise DegenerateError("the validator needs scores above zero, and found others")
-            return found.log()
-
-        normal = log_scores(self.normal)
-        augmented = {name: log_scores(images) for name, images in self.augmented.items()}
-        aurocs = {}
-        for name, logs in augmented.items():
-            labels = torch.arange(len(normal) + len(logs)) >= len(normal)
-            aurocs[name] = auroc(torch.cat([normal, logs]), labels)
-        versions = torch.cat(list(augmented.values())).view(-1, len(normal))
-        r, sigma = versions.mean(0) - normal, normal.std(correction=0)
-        if sigma == 0:
-            raise DegenerateError("the scores of held-out images are all the same")
-        z = (normal - normal.mean()) / sigma
-        return Validation(aurocs, r / sigma - r.mean() * (z.square() - 1) / (2 * sigma))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's default generator for the block; afterwards it goes on as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-# ------------------------------------------------------------------------------------------------
-# 6. Fine-tuning
-# ------------------------------------------------------------------------------------------------
-
-FIRST_CHECK = 32  # steps: the first few throw the features off, and what is judged then misleads
-
-
-@dataclass(frozen=True)
-class Check:
-    """What fine-tuning has come to after some steps."""
-
-    step: int
-    kept: bool = False  # the best so far; the detector is then fitted to all images and calibrated
-    loss: float | None = None  # the mean over the steps since the check before
-    validation: Validation | None = None  # None with steps=0, or after a failure
-    gain: tuple[float, float] | None = None  # of s over the best before, and its standard error
-    state: dict | None = None  # plain tensors and numbers, with which `fine_tune` goes on from here
-    failure: str = ""  # why it ended here: features that are no longer finite
-
-
-def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: int = 512,
-              lr: float = 1e-4, patience: int = 3, seed: int = 0, state: dict | None = None,
-              augmentations: dict[str, Callable] = LOCAL) -> Iterator[Check]:  # fmt: skip
-    """Fine-tune a detector on normal images; yield a check at steps 0, 32, 64, 128, … and the last.
-
-    Training pulls the features to the Gaussians of the pre-trained ones, which are put back for it
-    (*abstract*: the distance to the estimated Gaussian is the objective); what is judged and kept
-    has Gaussians of the features as they are. A check is kept if s has gained more than two
-    standard errors over the best one kept before; after `patience` checks that were not, it ends.
-    That, and Adam on all parameters at a constant rate, is ours.
-
-    batches     images, or (images, label) pairs, that can be iterated again, such as a list or a
-                DataLoader. Torch's default generator is seeded before, so that it shuffles alike
-    held_out    (N, 3, H, W) uint8, normal, not among the batches
-    steps       at most; 0 fits the frozen network, and does not validate
-    state       of a check: goes on from it to the same bits, the other arguments being the same
-
-    Raises ValueError for what cannot be fitted or trained on.
-    """
-    if steps < 0 or patience < 1 or not 0 <= lr < math.inf:
-        raise ValueError("steps and rate are 0 or more, patience 1 or more, and all are finite")
-    if steps == 0:
-        with seeded(seed):
-            detector.fit_and_calibrate(batches, held_out)
-        yield Check(0, kept=True)
-        return
-    validator = AugmentationValidator(held_out, seed, augmentations=augmentations)
-    optimizer = torch.optim.Adam(detector.parameters(), lr=lr)
-    device = detector.held_out.device
-    with seeded(seed):
-        pretrained = detector.fit(batches, maps=False).gaussians
-    done, since, best = -1, 0, None
-    if state is not None:
-        done, since, best = state["step"], state["since"], Validation(**state["best"])
-        detector.extractor.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-    checks = [0, *(FIRST_CHECK << k for k in range(40) if FIRST_CHECK << k < steps), steps]
-    for step in (step for step in checks if step > done):
-        detector.gaussians = pretrained
-        try:
-            with seeded(seed + step):
-                loss = _train(detector, optimizer, batches, step - max(done, 0))
-                if step:
-                    detector.fit(batches, maps=False)
-            found = validator(lambda images: detector(images.to(device)).cpu())
-        except DegenerateError as error:
-            if step == 0:
-                raise
-            yield Check(step, failure=f"{error}; try a smaller learning rate")
-            return
-        gain = found.gain_over(best) if best else None
-        kept = gain is None or gain[0] > 2 * gain[1]
-        done, since, best = step, 0 if kept else since + 1, found if kept else best
-        if kept:
-            with seeded(seed + step):
-                detector.fit_and_calibrate(batches, held_out)
-        state = {"step": step, "since": since, "best": vars(best),
-                 "network": detector.extractor.state_dict(), "optimizer": optimizer.state_dict()}
-        yield Check(step, kept, loss, found, gain, deepcopy(state))
-        if since == patience:
-            return
-
-
-def _train(detector: GaussianAD, optimizer: torch.optim.Optimizer, batches: Iterable,
-           steps: int) -> float | None:  # fmt: skip
-    """Take some steps; the mean of their losses."""
-    losses = []
-    endless = (images for _ in count() for images in images_of(batches, detector.held_out.device))
-    for images in islice(endless, steps):
-        optimizer.zero_grad()
-        loss = detector.loss(images)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return fmean(losses) if losses else None
-
-
-# ------------------------------------------------------------------------------------------------
-# 7. Metrics
-# ------------------------------------------------------------------------------------------------
-
-
-def auroc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the ROC curve: P(anomalous > normal) + P(anomalous = normal) / 2, in [0, 1].
-
-    scores, labels      any shape, the same; labels 1 or True for anomalous, 0 or False for normal
-
-    Exact with ties (equal to mid-ranks, Mann-Whitney): pairs are counted in integers. Raises
-    ValueError for a NaN, for other labels, or where one of the two classes is missing.
-    """
-    scores, labels = torch.as_tensor(scores).flatten(), torch.as_tensor(labels).flatten()
-    if scores.shape != labels.shape or not ((labels == 0) | (labels == 1)).all():
-        raise ValueError("AUROC needs one label, 0 or 1, for each score")
-    if scores.isnan().any():
-        raise DegenerateError("AUROC needs scores that are numbers; there are NaNs among them")
-    anomalous, normal = scores[labels == 1], scores[labels == 0].sort()[0]
-    if not len(anomalous) or not len(normal):
-        raise ValueError(f"AUROC needs both classes: {len(normal)} normal, {len(anomalous)} not")
-    below = torch.searchsorted(normal, anomalous).sum()
-    not_above = torch.searchsorted(normal, anomalous, right=True).sum()
-    return (below + not_above).item() / (2 * len(anomalous) * len(normal))
-
-
-def aupro(maps: Tensor, masks: Tensor, fpr_limit: float = 0.3) -> float:
-    """Area under the per-region-overlap curve up to a false-positive rate, over that rate: [0, 1].
-
-    Every value of the maps is a threshold t; pixels with map >= t are classified as anomalous.
-    PRO (Bergmann et al. 2021, "The MVTec Anomaly Detection Dataset", IJCV) is the share of a true
-    region that is, the mean over regions; FPR the share of normal pixels that is. The curve from
-    (0, 0) is linear between thresholds, and its last point interpolated at the limit.
-
-    maps        (N, H, W), the higher, the more anomalous
-    masks       (N, H, W), 1 or True where anomalous; regions are 8-connected
-
-    Exact: no bins. Raises ValueError for NaN, for other shapes or masks, where no pixel is
-    anomalous or none normal, and for a limit outside (0, 1].
-    """
-    if maps.ndim != 3 or maps.shape != masks.shape or not ((masks == 0) | (masks == 1)).all():
-        raise ValueError("AU-PRO needs maps and masks of 0 and 1, both (N, H, W)")
-    if not 0 < fpr_limit <= 1:
-        raise ValueError(f"AU-PRO needs a limit in (0, 1], not {fpr_limit}")
-    if maps.isnan().any():
-        raise DegenerateError("AU-PRO needs maps that are numbers; there are NaNs among them")
-    anomalous = masks.flatten() == 1
-    if anomalous.all() or not anomalous.any():
-        raise ValueError("AU-PRO needs anomalous and normal pixels, both")
-    regions = label_regions(masks == 1).flatten()
-    size = regions.bincount()[regions]  # of the region that a pixel lies in
-    n_regions = (1 / size[anomalous].double()).sum().round()
-    step = (1 / (n_regions * size.double())).where(anomalous, 0)  # PRO gained by telling a pixel
-    values, order = maps.flatten().sort(descending=True)
-    ends = values[1:] != values[:-1]  # not diff(): infinities are equal too
-    last = torch.cat([ends, ends.new_ones(1)])  # of equal values
-    pro = step[order].cumsum(0)[last]
-    normal = (~anomalous)[order].cumsum(0)[last].double()
-    area = _area_up_to(fpr_limit, normal / normal[-1], pro)
-    return min(1.0, area / fpr_limit)  # rounding can carry a perfect map past 1
-
-
-def _area_up_to(limit: float, x: Tensor, y: Tensor) -> float:
-    """∫ y dx from 0 to the limit, 0 < limit <= x[-1], of the polygon (0, 0), (x_1, y_1), …"""
-    zero = x.new_zeros(1)
-    x, y = torch.cat([zero, x]), torch.cat([zero, y])
-    end = int(torch.searchsorted(x, limit))  # the first point at or past the limit
-    share = (limit - x[end - 1]) / (x[end] - x[end - 1])
-    y_limit = y[end - 1] + share * (y[end] - y[end - 1])
-    x, y = torch.cat([x[:end], zero + limit]), torch.cat([y[:end], zero + y_limit])
-    return torch.trapezoid(y, x).item()
-
-
-def label_regions(masks: Tensor) -> Tensor:
-    """Number the 8-connected regions of masks (N, H, W) bool: (N, H, W) int64, 0 where normal.
-
-    Each region has a number of its own over all masks, not consecutive: 1 + the last of its pixels.
-    """
-    labels = torch.zeros(masks.shape, dtype=torch.int64, device=masks.device)
-    numbers = torch.arange(1, masks.numel() + 1, device=masks.device).view(masks.shape)
-    for i in masks.flatten(1).any(1).nonzero().flatten().tolist():
-        rows, columns = (masks[i].any(axis).nonzero() for axis in (1, 0))
-        box = i, slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
-        labels[box] = _last_of_region(numbers[box], masks[box])
-    return labels
-
-
-def _last_of_region(numbers: Tensor, mask: Tensor) -> Tensor:
-    """Let every pixel of a region in a mask (H, W) take the highest number in it; 0 where normal.
-
-    Each pixel points to one of its region, at first itself. It looks at its neighbours for one
-    that points further on, then follows the pointer of where it points to, which about doubles
-    the way it sees, until nothing moves.
-    """
-    pointer = torch.arange(1.0, mask.numel() + 1, dtype=torch.float64, device=mask.device)
-    pointer = pointer.view(mask.shape) * mask  # float64, as max_pool2d takes no integers
-    while True:
-        seen = nn.functional.max_pool2d(pointer[None], 3, stride=1, padding=1)[0] * mask
-        further = seen.flatten()[(seen.long() - 1).clamp(min=0)] * mask
-        if torch.equal(further, pointer):
-            return numbers.flatten()[(pointer.long() - 1).clamp(min=0)] * mask
-        pointer = further

@@ -8,6 +8,7 @@ screw in it) and GAUSSAD_WEIGHTS (a state dict of mobilenet_v2) it also runs on 
 """
 
 import csv
+import gc
 import json
 import os
 import pickle
@@ -15,10 +16,13 @@ import re
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +76,7 @@ def naive_ledoit_wolf(x):
     return b2 / d2 * m * np.eye(c) + (1 - b2 / d2) * s, b2 / d2
 
 
-@pytest.mark.parametrize("condition", [1.0, 1e8])
-@pytest.mark.parametrize("n, c", [(12, 40), (40, 40), (3000, 15), (2, 5)])
+@pytest.mark.parametrize("n, c, condition", [(12, 40, 1), (40, 40, 1e8), (999, 15, 1e8), (2, 5, 1)])
 @pytest.mark.parametrize("reference", ["naive", "sklearn"])
 def test_ledoit_wolf_equals_the_paper_and_scikit_learn(n, c, condition, reference):
     oracle = naive_ledoit_wolf
@@ -86,53 +89,35 @@ def test_ledoit_wolf_equals_the_paper_and_scikit_learn(n, c, condition, referenc
     assert abs(shrinkage.item() - expected_shrinkage) < 1e-10
 
 
-def test_leading_dimensions_are_independent_gaussians():
-    x = torch.tensor(random_samples(2, 3, 20, 6))
-    covariance, shrinkage = gaussad.ledoit_wolf(x)
-    gaussian = Gaussian.fit(Moments().add(x))
-    distance = gaussian.distance(x.permute(2, 0, 1, 3))
-    assert covariance.shape == (2, 3, 6, 6) and shrinkage.shape == (2, 3)
-    for i, j in np.ndindex(2, 3):
-        one, one_shrinkage = gaussad.ledoit_wolf(x[i, j])
-        assert relative(covariance[i, j], one) < 1e-12
-        assert relative(shrinkage[i, j], one_shrinkage) < 1e-12
-        alone = Gaussian.fit(Moments().add(x[i, j])).distance(x[i, j])
-        assert relative(distance[:, i, j], alone) < 1e-10
-
-
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_moments_do_not_depend_on_the_batches(offset):
     x = torch.tensor(random_samples(2, 97, 10, condition=1e4, offset=offset))
     x[:, 0] += 30  # an outlier that comes first or last
     whole, whole_shrinkage = gaussad.ledoit_wolf(x - offset)
-    for cuts in ([1, 2, 50], [96], [5, 90]):
-        parts = np.split(np.arange(97), cuts)
-        for order in (parts, parts[::-1]):
-            moments = Moments()
-            for part in order:
-                moments.add(x[:, part])
-            covariance, shrinkage = moments.ledoit_wolf()
-            assert relative(covariance, whole) < 1e-9
-            assert relative(shrinkage, whole_shrinkage) < 1e-9
-            assert relative(moments.mean, x.mean(1)) < 1e-12
+    parts = x.split([1, 1, 48, 47], dim=1)
+    for order in (parts, parts[::-1]):
+        moments = Moments()
+        for part in order:
+            moments.add(part)
+        covariance, shrinkage = moments.ledoit_wolf()
+        assert relative(covariance, whole) < 1e-9
+        assert relative(shrinkage, whole_shrinkage) < 1e-9
+        assert relative(moments.mean, x.mean(1)) < 1e-12
 
 
 def test_samples_that_fit_no_gaussian_are_errors():
-    with pytest.raises(ValueError, match="two samples"):
-        gaussad.ledoit_wolf(torch.ones(1, 3))
-    with pytest.raises(ValueError, match="two samples"):
-        Moments().ledoit_wolf()
+    for of_too_few in (Moments(), Moments().add(torch.ones(1, 3))):
+        with pytest.raises(ValueError, match="two samples"):
+            of_too_few.ledoit_wolf()
+    with pytest.raises(ValueError, match="three samples"):
+        Gaussian.fit(Moments().add(torch.rand(2, 3)))
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="NaN"):
             gaussad.ledoit_wolf(torch.tensor([[1.0, 2.0], [bad, 0.0]]))
-    covariance, shrinkage = gaussad.ledoit_wolf(torch.ones(5, 3))
-    assert not covariance.any() and shrinkage == 0
     for rounding in (0, 3e-8):
         same = 5 + rounding * torch.randn(5, 3, dtype=torch.float64)
         with pytest.raises(ValueError, match="do not vary"):
             Gaussian.fit(Moments().add(same))
-    with pytest.raises(ValueError, match="three samples"):
-        Gaussian.fit(Moments().add(torch.rand(2, 3)))
     with pytest.raises(ValueError, match="not positive definite"):
         gaussad.whitening_matrix(torch.ones(2, 2))
 
@@ -144,12 +129,6 @@ def test_ablated_covariances(covariance):
     expected = np.sqrt(((x - x.mean(0)) ** 2 / variance).sum(1))
     gaussian = Gaussian.fit(Moments().add(torch.tensor(x)), covariance=covariance)
     assert relative(gaussian.distance(torch.tensor(x)), expected) < 1e-10
-
-
-def test_one_constant_feature_among_others_is_fitted():
-    x = torch.tensor(random_samples(30, 4))
-    x[:, 2] = 7.0
-    assert Gaussian.fit(Moments().add(x)).distance(x).isfinite().all()
 
 
 def test_distance_is_mahalanobis_and_its_gradient_is_finite_at_the_mean():
@@ -164,42 +143,18 @@ def test_distance_is_mahalanobis_and_its_gradient_is_finite_at_the_mean():
     assert at_mean.grad.isfinite().all()
 
 
-SHAPES = [(40, 3), (7, 12), (2, 3, 30, 5)]  # (..., N, C)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("seed", range(3))
-def test_distances_are_finite_and_not_negative(shape, dtype, seed):
-    scale = 10.0 ** np.random.default_rng(seed).uniform(-6, 6)
-    x = torch.tensor(scale * random_samples(*shape, condition=1e3, seed=seed), dtype=dtype)
-    gaussian = Gaussian.fit(Moments().add(x))
-    for samples in (x, x + 1e3 * scale, gaussian.mean.unsqueeze(-2)):
-        distance = gaussian.distance(samples.movedim(-2, 0))
-        assert distance.isfinite().all() and (distance >= 0).all()
-    assert not distance.any()  # of the mean itself
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_distance_without_shrinkage_is_invariant_under_affine_maps(seed):
-    rng = np.random.default_rng(seed)
-    x = random_samples(200, 6, condition=1e2, seed=seed)
-    mapped = x @ rng.normal(size=(6, 6)) * 10.0 ** rng.uniform(-6, 6, 6) + rng.normal(size=6)
-    a, b = (Gaussian(torch.tensor(y.mean(0)),
-                     gaussad.whitening_matrix(torch.tensor(np.cov(y.T, bias=True))))
-            .distance(torch.tensor(y)) for y in (x, mapped))  # fmt: skip
-    assert relative(a, b) < 1e-6
-
-
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_scale_of_the_features_changes_no_ranking(scale):
-    x = torch.tensor(random_samples(60, 20, condition=1e4, offset=1.0), dtype=torch.float32)
-    y = torch.tensor(random_samples(60, 20, offset=1.0, seed=1), dtype=torch.float32)
-    distances = [Gaussian.fit(Moments().add(s * x)).distance(s * y) for s in (1, scale)]
-    assert torch.equal(*(distance.argsort() for distance in distances))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_of_any_scale_are_finite_and_zero_at_the_mean(scale, dtype):
+    x = torch.tensor(scale * random_samples(2, 3, 30, 5, condition=1e3), dtype=dtype)
+    x[..., 2] = 7 * scale  # one feature that does not vary
+    gaussian = Gaussian.fit(Moments().add(x))
+    for samples in (x, x + 1e3 * scale):
+        assert gaussian.distance(samples.movedim(-2, 0)).isfinite().all()
+    assert not gaussian.distance(gaussian.mean[None]).any()
 
 
-
+# ------------------------------------------------------------------------------------------------
 # AUROC
 # ------------------------------------------------------------------------------------------------
 
@@ -221,26 +176,12 @@ def test_auroc_equals_scikit_learn_on_a_million_tied_scores():
     assert abs(gaussad.auroc(torch.tensor(scores), torch.tensor(labels)) - expected) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "scores, labels",
-    [([1.0, 2.0], [1, 1]), ([1.0, 2.0], [0, 0]), ([], []), ([1.0, float("nan")], [0, 1]),
-     ([1.0, 2.0], [0, 2]), ([1.0, 2.0, 3.0], [0, 1])],
-)  # fmt: skip
-def test_auroc_of_what_has_none_is_an_error(scores, labels):
-    with pytest.raises(ValueError, match="AUROC"):
-        gaussad.auroc(torch.tensor(scores), torch.tensor(labels))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_auroc_is_of_ranks_alone_and_turns_round_with_the_sign(seed):
-    rng = np.random.default_rng(seed)
-    labels = torch.tensor(rng.random(80) < rng.uniform(0.1, 0.9))
-    scores = torch.tensor(rng.integers(-9, 9, 80)).to([torch.float32, torch.float64][seed % 2])
-    found = gaussad.auroc(scores, labels)
-    for monotone in (lambda x: 3 * x + 7, torch.exp, torch.atan, lambda x: x**3):
-        assert gaussad.auroc(monotone(scores), labels) == found
-    assert gaussad.auroc(-scores, labels) == pytest.approx(1 - found, abs=1e-15)
-    assert gaussad.auroc(scores, ~labels) == pytest.approx(1 - found, abs=1e-15)
+def test_auroc_of_what_has_none_is_an_error():
+    for labels in ([1, 1], [0, 0], [0, 2], [0, 1, 1]):
+        with pytest.raises(ValueError, match="AUROC"):
+            gaussad.auroc(torch.tensor([1.0, 2.0]), torch.tensor(labels))
+    with pytest.raises(ValueError, match="NaN"):
+        gaussad.auroc(torch.tensor([1.0, float("nan")]), torch.tensor([0, 1]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -300,7 +241,6 @@ def test_aupro_equals_brute_force(kind, distinct):
         maps = rng.integers(0, distinct, masks.shape) / distinct + 0.3 * masks
         found = gaussad.aupro(torch.tensor(maps), torch.tensor(masks), limit)
         assert found == pytest.approx(naive_aupro(maps, masks, limit), abs=1e-9)
-        assert 0 <= found <= 1
 
 
 def test_regions_are_those_of_a_flood_fill():
@@ -322,44 +262,17 @@ def test_aupro_takes_equal_infinities_as_ties():
     assert gaussad.aupro(maps.where(maps == 0, torch.inf), masks, 1.0) == expected
 
 
-def test_aupro_of_a_perfect_and_of_an_inverted_map():
-    masks = torch.zeros(2, 20, 20, dtype=torch.bool)
-    masks[0, 5:8, 5:8] = True
-    assert gaussad.aupro(masks.float(), masks) == 1
-    assert gaussad.aupro(-masks.float(), masks) == 0
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_aupro_is_a_share_of_ranks_alone_that_rises_with_a_better_map(seed):
-    rng = np.random.default_rng(seed)
-    masks = torch.tensor(rng.random((3, 15, 12)) < 0.2)
-    maps = torch.tensor(rng.integers(0, 50, masks.shape), dtype=torch.float64)
-    worse = gaussad.aupro(maps, masks)
-    assert 0 <= worse <= 1 and gaussad.aupro(torch.exp(maps), masks) == worse
-    for rise in (3, 10, 60):  # the last one puts all anomalous pixels first
-        better = gaussad.aupro(maps + rise * masks, masks)
-        assert worse - 1e-12 < better <= 1
-        worse = better
-    assert worse == pytest.approx(1, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    "maps, masks, message",
-    [
-        (torch.rand(2, 4, 4), torch.zeros(2, 4, 4), "anomalous and normal pixels"),
-        (torch.rand(2, 4, 4), torch.ones(2, 4, 4), "anomalous and normal pixels"),
-        (torch.full((2, 4, 4), torch.nan), torch.eye(4).expand(2, 4, 4), "NaN"),
-        (torch.rand(2, 4, 4), torch.rand(2, 4, 4), "0 and 1"),
-        (torch.rand(2, 4, 4), torch.ones(2, 4, 5), r"\(N, H, W\)"),
-        (torch.rand(4, 4), torch.ones(4, 4), r"\(N, H, W\)"),
-    ],
-)
-def test_aupro_of_what_has_none_is_an_error(maps, masks, message):
-    with pytest.raises(ValueError, match=message):
-        gaussad.aupro(maps, masks)
+def test_aupro_of_what_has_none_is_an_error():
+    maps, masks = torch.rand(2, 4, 4), torch.eye(4).expand(2, 4, 4)
+    for wrong, message in ((masks * 0, "anomalous and normal pixels"), (masks / 2, "0 and 1"),
+                           (masks * 0 + 1, "anomalous and normal pixels"),
+                           (masks[..., :3], r"\(N, H, W\)")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            gaussad.aupro(maps, wrong)
+    with pytest.raises(ValueError, match="NaN"):
+        gaussad.aupro(maps * torch.nan, masks)
     with pytest.raises(ValueError, match="limit"):
-        gaussad.aupro(torch.rand(1, 4, 4), torch.eye(4)[None], 0.0)
-
+        gaussad.aupro(maps, masks, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -367,17 +280,10 @@ def test_aupro_of_what_has_none_is_an_error(maps, masks, message):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "backbone, levels",
-    [
-        ("efficientnet_b0", [5, 6, 7, 8, 9]),
-        ("efficientnet_v2_s", [5, 6, 7, 8]),
-        ("mobilenet_v2", [11, 14, 17, 18, 19]),
-        ("mobilenet_v3_large", [11, 13, 16, 17]),
-        ("resnet18", [4, 5]),
-        ("wide_resnet50_2", [4, 5]),
-    ],
-)
+@pytest.mark.parametrize("backbone, levels", [
+    ("efficientnet_b0", [5, 6, 7, 8, 9]), ("mobilenet_v2", [11, 14, 17, 18, 19]),
+    ("resnet18", [4, 5]),
+])  # fmt: skip
 def test_default_levels_and_no_batch_norm(backbone, levels):
     with torch.device("meta"):
         extractor = FeatureExtractor(backbone, weights="random")
@@ -403,54 +309,29 @@ def with_statistics(network):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backbone", ["efficientnet_b0", "mobilenet_v2", "mobilenet_v3_small"])
+@pytest.mark.parametrize("backbone", ["efficientnet_b0", "mobilenet_v3_small"])
 def test_levels_are_torchvisions_feature_maps(backbone, tmp_path):
-    images, network = torch.rand(2, 3, 64, 64), with_statistics(models.get_model(backbone))
-    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    network = with_statistics(models.get_model(backbone))
+    without_classifier = {k: v for k, v in network.state_dict().items() if "classifier" not in k}
+    torch.save(without_classifier, tmp_path / "weights.pth")
     maps = FeatureExtractor(backbone, [3, 9], tmp_path / "weights.pth")(images)
     for level, found in zip([3, 9], maps):
-        expected = network.features[:level](normalised(images))
+        expected = network.features[:level](normalised(images / 255))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_levels_of_a_resnet_are_its_stem_and_stages(tmp_path):
-    network, outputs = with_statistics(models.get_model("resnet50")), []
+    network, outputs = with_statistics(models.get_model("resnet18")), []
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     for module in (network.relu, network.layer1, network.layer2, network.layer3, network.layer4):
         module.register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
     images = torch.rand(2, 3, 64, 64)
     network(normalised(images))
-    maps = FeatureExtractor("resnet50", [1, 2, 3, 4, 5], tmp_path / "weights.pth")(images)
+    maps = FeatureExtractor("resnet18", [1, 2, 3, 4, 5], tmp_path / "weights.pth")(images)
     for found, expected in zip(maps, outputs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
-
-
-@torch.no_grad()
-def test_bytes_and_floats_are_the_same_image():
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    extractor = FeatureExtractor(BACKBONE, weights="random")
-    for a, b in zip(extractor(images), extractor(images / 255)):
-        assert relative(a, b) < 1e-4
-
-
-@torch.no_grad()
-def test_features_of_random_weights_do_not_vanish_with_depth():
-    extractor = FeatureExtractor("mobilenet_v2", [2, 11, 19], "random")
-    spread = [maps.mean((2, 3)).std(0).mean() for maps in extractor(torch.rand(8, 3, 64, 64))]
-    assert spread[2] > 0.1 * spread[0]
-
-
-def test_weights_from_a_file_without_classifier(tmp_path):
-    network = models.mobilenet_v3_small()
-    features = {k: v for k, v in network.state_dict().items() if k.startswith("features.")}
-    torch.save(features, tmp_path / "features.pth")
-    extractor = FeatureExtractor(BACKBONE, weights=tmp_path / "features.pth")
-    images = torch.rand(1, 3, 64, 64)
-    expected = network.eval().features(normalised(images))
-    torch.testing.assert_close(extractor(images)[-1], expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="does not hold the weights of mobilenet_v2"):
-        FeatureExtractor("mobilenet_v2", weights=tmp_path / "features.pth")
 
 
 def own_stages():
@@ -532,19 +413,6 @@ def test_map_is_the_distance_at_each_location_resized_and_summed(fitted):
 
 
 @torch.no_grad()
-def test_map_points_at_the_defect_even_where_all_normal_images_are_blank(fitted):
-    images = torch.rand(30, 3, 64, 64)
-    images[..., :48] = 0.5  # with the features of half the locations constant
-    detector = GaussianAD(fitted[0].extractor, [2]).fit([images])
-    image = images[:1].clone()
-    image[..., 20:28, 8:16] = 1.0
-    maps = detector.anomaly_map(image)[0]
-    assert maps.isfinite().all()
-    row, column = divmod(maps.argmax().item(), 64)
-    assert 12 <= row < 36 and column < 24
-
-
-@torch.no_grad()
 def test_one_score_is_both_standardised_over_the_images_held_out(fitted):
     detector, images = GaussianAD(fitted[0].extractor).fit([fitted[1]]), torch.rand(5, 3, 64, 64)
     with pytest.raises(ValueError, match="calibrate it first"):
@@ -553,7 +421,8 @@ def test_one_score_is_both_standardised_over_the_images_held_out(fitted):
     assert detector.calibrate(held_out.split(5)) is detector
     found = detector.anomaly_score(*detector.scores_and_maps(images)).numpy()
     expected = 0
-    for of in (lambda x: detector(x).numpy(), lambda x: detector.anomaly_map(x).amax((1, 2)).numpy()):
+    for of in (lambda x: detector(x).numpy(),
+               lambda x: detector.anomaly_map(x).amax((1, 2)).numpy()):  # fmt: skip
         usual = np.concatenate([of(part) for part in held_out.split(5)])
         expected = expected + (of(images) - usual.mean()) / usual.std(ddof=1)
     assert relative(found, expected) < 1e-5
@@ -561,7 +430,8 @@ def test_one_score_is_both_standardised_over_the_images_held_out(fitted):
     assert own.mean().abs() < 1e-3  # of held-out images, by definition 0
     assert detector.threshold(0.05) == pytest.approx(gaussad.tail_quantile(own, 0.95), rel=1e-3)
     maxima = detector.anomaly_map(held_out).amax((1, 2))
-    assert detector.map_threshold(0.1) == pytest.approx(gaussad.tail_quantile(maxima, 0.9), rel=1e-4)
+    expected = gaussad.tail_quantile(maxima, 0.9)
+    assert detector.map_threshold(0.1) == pytest.approx(expected, rel=1e-4)
     threshold = detector.threshold()
     assert detector.fit([fitted[1]]).threshold() == threshold < detector.threshold(0.01)
     with pytest.raises(ValueError, match="two held-out images"):
@@ -571,27 +441,13 @@ def test_one_score_is_both_standardised_over_the_images_held_out(fitted):
             detector.threshold(share)
 
 
-@torch.no_grad()
-def test_fit_and_calibrate_is_a_fit_a_calibration_and_a_fit_to_all(fitted):
-    images, held_out = fitted[1], torch.randint(0, 256, (20, 3, 64, 64), dtype=torch.uint8)
-    extractor = fitted[0].extractor
-    found = GaussianAD(extractor).fit_and_calibrate(images.split(7), held_out)
-    apart = GaussianAD(extractor).fit(images.split(7)).calibrate(held_out.split(16))
-    assert torch.equal(found.held_out, apart.held_out)
-    apart.fit([*images.split(7), *held_out.split(16)])
-    assert torch.equal(found(images), apart(images))
-    assert torch.equal(found.anomaly_map(images), apart.anomaly_map(images))
-
-
-@pytest.mark.parametrize("n, tolerance", [(6, 0.02), (30, 0.01), (64, 0.01), (2000, 0.003)])
-@pytest.mark.parametrize("rate", [0.01, 0.05])
-def test_tail_quantile_keeps_the_false_alarm_rate(n, tolerance, rate):
+@pytest.mark.parametrize("n, tolerance", [(6, 0.02), (64, 0.01), (2000, 0.003)])
+def test_tail_quantile_keeps_the_false_alarm_rate(n, tolerance):
     rng = np.random.default_rng(0)
     draw = lambda *shape: 40 + 5 * rng.gamma(20, size=shape) / 20**0.5
-    future, thresholds = draw(10**5), []
-    for scores in draw(200, n):
-        thresholds.append(gaussad.tail_quantile(torch.tensor(scores), 1 - rate))
-    assert (future[:, None] > np.array(thresholds)).mean() == pytest.approx(rate, abs=tolerance)
+    future = draw(10**4)
+    found = [gaussad.tail_quantile(torch.tensor(scores), 0.95) for scores in draw(400, n)]
+    assert (future[:, None] > np.array(found)).mean() == pytest.approx(0.05, abs=tolerance)
 
 
 def test_tail_quantile_of_few_many_and_equal_scores():
@@ -604,20 +460,17 @@ def test_tail_quantile_of_few_many_and_equal_scores():
             gaussad.tail_quantile(torch.tensor(scores), quantile)
 
 
-def test_ten_times_the_images_take_no_more_memory_to_fit():
-    code = f"""if True:
-        import resource, torch
-        from gaussad import FeatureExtractor, GaussianAD
-        detector = GaussianAD(FeatureExtractor("{BACKBONE}", weights="random"))
-        peaks = []
-        for n in (10, 100):  # of 10 images
-            detector.fit(torch.rand(10, 3, 64, 64) for _ in range(n))
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        print(peaks[1] / peaks[0])
-    """
-    pytest.importorskip("resource")
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert float(done.stdout) < 1.05, done.stderr
+def test_ten_times_the_images_take_no_more_memory_to_fit(fitted):
+    held = []
+
+    def batches():
+        for i in range(40):
+            yield torch.rand(6, 3, 64, 64)
+            if i in (3, 39):
+                held.append(sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor))
+
+    GaussianAD(fitted[0].extractor).fit(batches())
+    assert held[0] == held[1]
 
 
 def test_saved_detector_is_the_same_to_the_bit_and_needs_no_download(fitted, tmp_path):
@@ -634,44 +487,6 @@ def test_saved_detector_is_the_same_to_the_bit_and_needs_no_download(fitted, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["detector.pt"]
     content = gaussad.load_plain(tmp_path / "detector.pt")
     assert content["note"] == "mine" and type(content["detector"]["map_levels"][0]) is int
-
-
-@pytest.mark.parametrize("change", [
-    {"image_size": 64}, {"image_size": [96, 64]}, {"state": []}, {"detector": {}},
-    {"gaussians.pooled 2.mean": torch.zeros(3, dtype=torch.float64)},
-    {"gaussians.map 9.whitening": torch.eye(24).int()},
-])  # fmt: skip
-def test_altered_detector_is_found_when_loaded(change, fitted, tmp_path):
-    fitted[0].save(tmp_path / "detector.pt")
-    content = torch.load(tmp_path / "detector.pt")
-    (content["state"] if "gaussians" in str(change) else content).update(change)
-    torch.save(content, tmp_path / "detector.pt")
-    with pytest.raises(ValueError, match="detector.pt is not a detector saved by this gaussad"):
-        GaussianAD.load(tmp_path / "detector.pt")
-
-
-def test_files_that_cannot_be_written_or_read_are_told_as_such(fitted, tmp_path, monkeypatch):
-    detector, _ = fitted
-    with pytest.raises(OSError, match="No such file or directory.*missing"):
-        detector.save(tmp_path / "missing/detector.pt")
-    with pytest.raises(OSError, match="No such file or directory.*nowhere"):
-        GaussianAD.load(tmp_path / "nowhere.pt")
-    detector.save(tmp_path / "detector.pt")
-    before = (tmp_path / "detector.pt").read_bytes()
-    with full_disk(20_000), pytest.raises(OSError, match="File too large"):
-        detector.save(tmp_path / "detector.pt")
-    assert (tmp_path / "detector.pt").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["detector.pt"]
-    if not torch.cuda.is_available():
-        with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
-            GaussianAD.load(tmp_path / "detector.pt", "cuda")
-
-    def no_memory(*args, **options):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(torch, "load", no_memory)
-    with pytest.raises(ValueError, match="can't allocate memory"):
-        GaussianAD.load(tmp_path / "detector.pt")
 
 
 class Malicious:
@@ -693,40 +508,39 @@ def test_loading_runs_no_code(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_misuse_of_a_detector_is_an_error(fitted):
+def test_misuse_of_a_detector_is_an_error(fitted, tmp_path):
     detector, images = fitted
     with pytest.raises(ValueError, match="images are uint8, or floating-point .* torch.int64"):
         detector(images.long())
-    with pytest.raises(ValueError, match="not fitted"):
-        GaussianAD(FeatureExtractor(BACKBONE, [2], "random"))(images)
     with pytest.raises(ValueError, match="was fitted to"):
         detector(images[..., :32])
     for levels in ([3], []):
         with pytest.raises(ValueError, match="map levels"):
             GaussianAD(detector.extractor, levels)
     fresh = GaussianAD(detector.extractor)
-    with pytest.raises(ValueError, match=r"images of \[64, 64\] and \[64, 32\]"):
-        fresh.fit([images, images[..., :32]])
-    with pytest.raises(ValueError, match="no images"):
-        fresh.fit([])
-    with pytest.raises(ValueError, match="three samples"):
-        fresh.fit([images[:2]])
-    with pytest.raises(ValueError, match="do not vary"):
-        fresh.fit([images[:1].expand(9, -1, -1, -1)] * 3)
+    with pytest.raises(ValueError, match="not fitted"):
+        fresh(images)
+    for batches, message in (([images, images[..., :32]], r"images of \[64, 64\] and \[64, 32\]"),
+                             ([], "no images"), ([images[:2]], "three samples"),
+                             ([images[:1].expand(9, -1, -1, -1)] * 3, "do not vary")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            fresh.fit(batches)
     with pytest.raises(ValueError, match="fitted without maps"):
         fresh.fit([images], maps=False).anomaly_map(images)
+    with pytest.raises(OSError, match="No such file or directory.*missing"):
+        detector.save(tmp_path / "missing/detector.pt")
+    with pytest.raises(OSError, match="No such file or directory.*nowhere"):
+        GaussianAD.load(tmp_path / "nowhere.pt")
 
 
 @torch.no_grad()
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 def test_scores_and_maps_of_a_gpu_are_those_of_the_cpu(fitted):
-    detector, images = fitted
-    device = gaussad.pick_device("cuda")
-    for on_gpu in (GaussianAD(detector.extractor).to(device).fit(images.split(5)),):
-        found = [values.cpu() for values in on_gpu.scores_and_maps(images.to(device))]
-    detector.to("cpu")
-    for values, expected in zip(found, detector.scores_and_maps(images)):
-        assert relative(values, expected) < 1e-3
+    images, device = fitted[1], gaussad.pick_device("cuda")
+    expected = fitted[0].scores_and_maps(images)
+    on_gpu = GaussianAD(deepcopy(fitted[0].extractor)).to(device).fit(images.split(5))
+    for found, values in zip(on_gpu.scores_and_maps(images.to(device)), expected, strict=True):
+        assert relative(found.cpu(), values) < 1e-3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -734,21 +548,7 @@ def test_scores_and_maps_of_a_gpu_are_those_of_the_cpu(fitted):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def photos():
-    """Images of one colour each, so that what came from where can be told."""
-    colour = torch.arange(8, dtype=torch.uint8) * 30
-    return colour[:, None, None, None].expand(8, 3, 64, 64).contiguous()
-
-
-def test_mixup_lies_between_an_image_and_the_one_before(photos):
-    mixed = gaussad.mixup(photos).int()
-    low, high = torch.minimum(photos, photos.roll(1, 0)), torch.maximum(photos, photos.roll(1, 0))
-    assert mixed.shape == photos.shape and (mixed >= low).all() and (mixed <= high).all()
-    assert (mixed.flatten(1).amin(1) == mixed.flatten(1).amax(1)).all()  # one λ for each image
-
-
-def test_cutout_and_cutmix_change_one_square_of_the_stated_area(photos):
+def test_cutout_and_cutmix_change_one_square_of_the_stated_area():
     noise = torch.randint(0, 256, (50, 3, 64, 64), dtype=torch.uint8)
     for augment in (gaussad.cutout, gaussad.cutmix):
         changed = (augment(noise) != noise).any(1)
@@ -756,15 +556,18 @@ def test_cutout_and_cutmix_change_one_square_of_the_stated_area(photos):
         for where in changed:
             rows, columns = where.any(1).sum(), where.any(0).sum()
             assert rows * columns <= 0.11 * 64 * 64
-    pasted = gaussad.cutmix(photos)
-    assert ((pasted == photos) | (pasted == photos.roll(1, 0))).all()
+    pasted, partners = gaussad.cutmix(noise), noise.roll(1, 0)
+    assert ((pasted == noise) | (pasted == partners)).all()
+    mixed = gaussad.mixup(noise)
+    assert (mixed >= noise.minimum(partners)).all() and (mixed <= noise.maximum(partners)).all()
 
 
 def test_validator_draws_once_from_its_seed_and_leaves_the_generator_alone():
     images = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
     before = torch.random.get_rng_state()
     one, same, other = (
-        gaussad.AugmentationValidator(images, seed, 11, gaussad.AUGMENTATIONS) for seed in (1, 1, 2))
+        gaussad.AugmentationValidator(images, seed, 11, gaussad.AUGMENTATIONS)
+        for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert list(one.augmented) == ["mixup", "cutout", "cutmix", "augmix"]
     assert list(gaussad.AugmentationValidator(images).augmented) == ["cutout", "cutmix"]
@@ -789,33 +592,13 @@ def test_separation_is_that_of_its_formula():
     found = validator(spread, batch_size=7)
     log = np.log(spread(images).numpy())
     expected = []
-    for augmented in validator.augmented.values():
+    for name, augmented in validator.augmented.items():
         versions = np.log(spread(augmented).numpy()).reshape(3, 20)
         expected.append((versions - log).mean() / log.std())
-    assert found.separation == pytest.approx(np.mean(expected), rel=1e-12)
-    assert found.parts.mean().item() == found.separation
-
-
-def test_aurocs_of_the_validator_are_scikit_learns():
-    metrics = pytest.importorskip("sklearn.metrics")
-    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
-    validator = gaussad.AugmentationValidator(images, versions=60)
-    found = validator(spread)
-    for name, augmented in validator.augmented.items():
+        labels = torch.arange(80) >= 20
         scores = torch.cat([spread(images), spread(augmented)])
-        expected = metrics.roc_auc_score([0] * 20 + [1] * 60, scores)
-        assert found.auroc[name] == pytest.approx(expected, abs=1e-12)
-
-
-def test_auroc_of_log_normal_scores_is_that_of_their_separation():
-    rng = np.random.default_rng(0)
-    log = rng.normal(size=4000)
-    scores = iter(np.exp([log, rng.permutation(log) + 1.2]))  # normal ones, then augmented ones
-    images = torch.zeros(4000, 3, 2, 2, dtype=torch.uint8)
-    validator = gaussad.AugmentationValidator(images, augmentations={"none": lambda x: x})
-    found = validator(lambda batch: torch.tensor(next(scores)), batch_size=4000)
-    normal_cdf = torch.special.ndtr(torch.tensor(found.separation / 2**0.5)).item()
-    assert found.auroc["none"] == pytest.approx(normal_cdf, abs=0.01)
+        assert found.auroc[name] == pytest.approx(gaussad.auroc(scores, labels), abs=1e-12)
+    assert found.separation == pytest.approx(np.mean(expected), rel=1e-12)
 
 
 def test_standard_error_of_a_gain_is_that_of_leaving_images_out():
@@ -835,8 +618,8 @@ def test_standard_error_of_a_gain_is_that_of_leaving_images_out():
     assert error == pytest.approx(np.sqrt(79 * np.var(left_out)), rel=0.1)
 
 
-@pytest.mark.parametrize("score", [lambda x: spread(x) * 0, lambda x: -spread(x),
-                                   lambda x: spread(x) * torch.nan, lambda x: spread(x) * 0 + 1])
+@pytest.mark.parametrize("score", [lambda x: -spread(x), lambda x: spread(x) * torch.nan,
+                                   lambda x: spread(x) * 0 + 1])
 def test_scores_that_cannot_be_judged_are_an_error(score):
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     with pytest.raises(gaussad.DegenerateError, match="above zero|all the same"):
@@ -857,15 +640,10 @@ def task():
     return GaussianAD(FeatureExtractor(BACKBONE, [4, 9], "random")), loader, images[20:]
 
 
-def test_fine_tuning_lowers_the_distance_to_the_pretrained_gaussian(task):
-    detector, loader, held_out = task
-    before = [parameter.clone() for parameter in detector.parameters()]
-    checks = list(gaussad.fine_tune(detector, loader, held_out, steps=40, patience=9))
-    assert [check.step for check in checks] == [0, 32, 40]
-    assert checks[0].loss is None and checks[2].loss < checks[1].loss
-    assert checks[0].kept and checks[0].gain is None
-    assert not any(map(torch.equal, before, detector.parameters()))
-    assert all(np.isfinite(check.validation.separation) for check in checks)
+@pytest.fixture
+def early_checks(monkeypatch):
+    """Checks at steps 0, 2, 4, 8, … in place of 0, 32, 64, 128, …: a test has no time for more."""
+    monkeypatch.setattr(gaussad, "FIRST_CHECK", 2)
 
 
 def test_one_step_is_adams_on_the_mean_score(task):
@@ -885,13 +663,14 @@ def test_one_step_is_adams_on_the_mean_score(task):
     assert all(map(torch.equal, reference.parameters(), detector.parameters()))
 
 
-def test_kept_detector_is_fitted_to_all_and_calibrated_and_others_have_no_maps(task, monkeypatch):
+def test_kept_detector_is_fitted_to_all_and_calibrated_and_others_have_no_maps(
+        task, early_checks, monkeypatch):  # fmt: skip
     detector, loader, held_out = task
     gains = iter([(3.0, 1.0), (1.0, 1.0), (2.1, 1.0), (-5.0, 1.0), (1.9, 1.0)])
     monkeypatch.setattr(gaussad.Validation, "gain_over", lambda self, other: next(gains))
     checks, images = [], loader.dataset.tensors[0]
     for check in gaussad.fine_tune(detector, loader, held_out, steps=10**6, lr=0, patience=2):
-        checks.append(check)
+        checks.append((check.step, check.kept))
         if check.kept:
             with torch.no_grad():
                 everything = GaussianAD(detector.extractor).fit([images, held_out])
@@ -900,31 +679,24 @@ def test_kept_detector_is_fitted_to_all_and_calibrated_and_others_have_no_maps(t
         else:
             with pytest.raises(ValueError, match="without maps"):
                 detector.anomaly_map(held_out)
-        if check.step == 256:
-            break
-    assert [check.kept for check in checks] == [True, True, False, True, False]
-    for seen in ([(0.0, 0.0)] * 9, [(-9.0, 1.0)] * 9):  # frozen is kept, and patience ends it
-        gains = iter(seen)
-        monkeypatch.setattr(gaussad.Validation, "gain_over", lambda self, other: next(gains))  # noqa
-        steps = [c.step for c in gaussad.fine_tune(detector, loader, held_out, lr=0, patience=2)]
-        assert steps == [0, 32, 64]
+    assert checks == [(0, True), (2, True), (4, False), (8, True), (16, False), (32, False)]
 
 
-def test_any_check_is_gone_on_from_to_the_same_bits(task):
+def test_any_check_is_gone_on_from_to_the_same_bits(task, early_checks):
     detector, loader, held_out = task
-    given = {"steps": 70, "lr": 1e-3, "patience": 9, "seed": 5}
+    given = {"steps": 5, "lr": 1e-3, "patience": 9, "seed": 5}
     start = {key: value.clone() for key, value in detector.extractor.state_dict().items()}
     checks = list(gaussad.fine_tune(detector, loader, held_out, **given))
-    assert [check.step for check in checks] == [0, 32, 64, 70]
+    assert [check.step for check in checks] == [0, 2, 4, 5]
     with torch.no_grad():
         expected = detector(held_out)
-    for check in checks[:3]:
-        again = GaussianAD(FeatureExtractor(BACKBONE, [4, 9], "random"))
-        again.extractor.load_state_dict(start)
+    for i, check in enumerate(checks[:3]):
+        detector.extractor.load_state_dict(start)
+        again = GaussianAD(detector.extractor)
         torch.rand(7)  # what the caller draws in between changes nothing
         rest = list(gaussad.fine_tune(again, loader, held_out, state=check.state, **given))
         found, whole = rest[-1], checks[-1]
-        assert len(rest) == len(checks) - 1 - checks.index(check)
+        assert len(rest) == 3 - i
         assert (found.loss, found.gain, found.kept) == (whole.loss, whole.gain, whole.kept)
         with torch.no_grad():
             assert torch.equal(again(held_out), expected)
@@ -937,10 +709,11 @@ def test_zero_steps_fit_and_do_not_validate(task, monkeypatch):
     assert check.kept and check.validation is None and detector.anomaly_map(held_out).shape[0] == 10
 
 
-def test_training_that_fails_ends_with_a_word_and_what_cannot_be_trained_with_an_error(task):
+def test_training_that_fails_ends_with_a_word_and_what_cannot_be_trained_with_an_error(
+        task, early_checks):  # fmt: skip
     detector, loader, held_out = task
     *_, last = gaussad.fine_tune(detector, loader, held_out, steps=64, lr=1e30)
-    assert last.step == 32 and not last.kept and "try a smaller learning rate" in last.failure
+    assert last.step == 2 and not last.kept and "try a smaller learning rate" in last.failure
     detector = GaussianAD(FeatureExtractor(BACKBONE, [4, 9], "random"))
     for wrong in ({"steps": -1}, {"lr": float("nan")}, {"patience": 0}):
         with pytest.raises(ValueError, match="0 or more"):
@@ -956,14 +729,17 @@ def readme_example(number):
     return code.replace('"efficientnet_b4"', f'"{BACKBONE}", weights="random"')
 
 
-def test_readme_examples_train_and_export(tmp_path, monkeypatch):
+def test_readme_examples_train_take_ones_own_network_and_export(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = torch.randint(0, 256, (24, 3, 64, 64), dtype=torch.uint8)
-    names = {"dataset": TensorDataset(images, torch.zeros(24)), "held_out": images[:12].flip(-1)}
+    names = {"dataset": TensorDataset(images, torch.zeros(24)), "held_out": images[:12].flip(-1),
+             "network": models.mobilenet_v3_small()}  # fmt: skip
     exec(readme_example(0).replace("steps=512", "steps=2"), names)
     assert names["scores"].shape == (16,) and names["maps"].shape == (16, 64, 64)
     assert names["anomalous"].dtype == torch.bool
     exec(readme_example(1), names)
+    assert GaussianAD.load("own.pt", extractor=names["extractor"])(images).shape == (24,)
+    exec(readme_example(2), names)
     exported = torch.export.load("detector.pt2").module()
     expected = GaussianAD.load("detector.pt").scores_and_maps(images[:3])
     for found, value in zip(exported(images[:3]), expected, strict=True):
@@ -995,27 +771,7 @@ def test_images_of_any_mode_become_the_same_rgb(tmp_path):
         assert (found.int() - expected.int()).abs().max() <= 1, path.name
 
 
-def test_whole_image_is_resized_to_a_square(tmp_path):
-    image = Image.new("L", (100, 20))
-    image.paste(255, (0, 0, 50, 20))
-    image.save(tmp_path / "wide.png")
-    found = gaussad.load_image(tmp_path / "wide.png", 64)
-    assert (found[..., :31] == 255).all() and (found[..., 33:] == 0).all()
-
-
-def test_samples_of_the_layout(demo):
-    normal = gaussad.list_samples(demo, "demo", "train")
-    test = gaussad.list_samples(demo, "demo", "test")
-    assert {(s.defect, s.mask) for s in normal} == {("good", None)} and len(normal) == 48
-    assert {s.defect for s in test} == {"good", "hole_missing", "scratch", "stain"}
-    for sample in test:
-        assert (sample.defect != "good") == (sample.mask is not None)
-        if sample.mask:
-            image, mask = (np.asarray(Image.open(p)) for p in (sample.path, sample.mask))
-            assert image.shape == mask.shape and mask.any()
-
-
-@pytest.mark.parametrize("n, held", [(6, 3), (7, 3), (31, 15), (40, 16), (79, 16), (320, 64)])
+@pytest.mark.parametrize("n, held", [(7, 3), (40, 16), (320, 64)])
 def test_held_out_are_a_fifth_but_sixteen_or_half(n, held):
     fit, held_out = gaussad.hold_out(range(n), seed=0)
     assert len(held_out) == held and sorted(fit + held_out) == list(range(n))
@@ -1057,16 +813,25 @@ def cli(monkeypatch, capfd):
     return call
 
 
+def early_train(*args, **options):
+    """A process of train.py, with checks at steps 0, 2, 4, 8, … in place of 0, 32, 64, 128, …"""
+    code = "import sys, gaussad, train; gaussad.FIRST_CHECK = 2; sys.exit(train.main())"
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], text=True,
+                            stdout=subprocess.PIPE, env=environment, **options)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def trained(demo, tmp_path_factory):
     """A run of train.py as a process of its own, without the test images; (run folder, output)."""
     work = tmp_path_factory.mktemp("work")
     (work / "data/demo").mkdir(parents=True)
     (work / "data/demo/train").symlink_to(demo / "demo/train")
-    command = [sys.executable, HERE / "train.py", "--data", "data", "--category", "demo", *TINY]
-    done = subprocess.run([*command, "--steps", "33"], cwd=work, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return work / "runs/demo", done.stdout
+    given = ["--data", "data", "--category", "demo", *TINY, "--steps", 3]
+    with early_train(*given, cwd=work) as process:
+        output = process.communicate()[0]
+    assert process.returncode == 0
+    return work / "runs/demo", output
 
 
 @pytest.fixture
@@ -1076,7 +841,7 @@ def evaluated(trained, demo, cli, tmp_path):
     def call(*more):
         code, output, error = cli("evaluate.py", "--data", demo, "--category", "demo", "--model",
                                   trained[0], "--out", tmp_path / "out", *more)  # fmt: skip
-        assert code == 0 and "all anomalous" in output, error
+        assert code == 0 and "AUROC" in output, error
         with (tmp_path / "out/scores.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         return tmp_path / "out", json.loads((tmp_path / "out/metrics.json").read_text()), rows
@@ -1084,14 +849,13 @@ def evaluated(trained, demo, cli, tmp_path):
     return call
 
 
-def test_train_writes_one_file_and_a_copy_of_its_history(trained):
+def test_train_writes_the_detector_the_validator_saw_and_a_copy_of_its_history(trained, demo):
     folder, output = trained
     history = json.loads((folder / "history.json").read_text())
-    content = gaussad.load_plain(folder / "detector.pt")
-    training = content["training"]
+    training = gaussad.load_plain(folder / "detector.pt")["training"]
     assert training.pop("state") is None and training["finished"] and training == {
         key: history[key] for key in training}  # fmt: skip
-    assert [check["step"] for check in history["checks"]] == [0, 32, 33]
+    assert [check["step"] for check in history["checks"]] == [0, 2, 3]
     assert history["checks"][0]["loss"] is None and history["checks"][2]["loss"] > 0
     assert history["settings"]["seed"] == 0 and history["settings"]["backbone"] == BACKBONE
     assert Path(history["settings"]["data"]).is_absolute()
@@ -1099,15 +863,10 @@ def test_train_writes_one_file_and_a_copy_of_its_history(trained):
     assert f"Step {history['best_step']}" in output
     visible = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     assert sorted(visible) == ["detector.pt", "history.json"]
-
-
-def test_saved_detector_is_the_one_the_validator_saw_with_gaussians_of_all_images(trained, demo):
-    folder, _ = trained
-    history = json.loads((folder / "history.json").read_text())
     parts = gaussad.hold_out(gaussad.list_samples(demo, "demo", "train"), 0)
     fit, held_out = (gaussad.load_images([s.path for s in part], 64) for part in parts)
     saved, again = (GaussianAD.load(folder / "detector.pt") for _ in range(2))
-    with torch.no_grad():
+    with torch.no_grad():  # saved with Gaussians of all images
         assert relative(again.fit([fit, held_out])(held_out), saved(held_out)) < 1e-6
         again.fit([fit]).calibrate(held_out.split(16))
     assert again.threshold() == pytest.approx(saved.threshold(), rel=1e-3)
@@ -1158,7 +917,8 @@ def test_aurocs_of_evaluate_are_scikit_learns(trained, evaluated, demo):
         maps = GaussianAD.load(trained[0] / "detector.pt").anomaly_map(images).numpy()
     masks = np.stack([np.asarray(Image.open(s.mask)) > 0 if s.mask else np.zeros((64, 64), bool)
                       for s in samples])  # fmt: skip
-    assert metrics["pixel_auroc"] == pytest.approx(metrics_of(masks.ravel(), maps.ravel()), abs=1e-6)
+    expected = metrics_of(masks.ravel(), maps.ravel())
+    assert metrics["pixel_auroc"] == pytest.approx(expected, abs=1e-6)
     assert metrics["aupro"] == pytest.approx(gaussad.aupro(*map(torch.tensor, (maps, masks))), 1e-4)
 
 
@@ -1167,7 +927,7 @@ def test_report_is_one_file_with_the_figures_and_pictures_in_any_case(evaluated)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"http|<script|<link|src=\"(?!data:)", page)
     for key in evaluate.RESULTS:
-        assert f"<td>{key}</td><td>{100 * metrics[key]:.1f}</td>" in page
+        assert f"<td>{100 * metrics[key]:.1f}</td>" in page
     wrong = [(row["verdict"], row["label"]) for row in rows]
     count = lambda of: min(evaluate.SHOWN, wrong.count(of))
     expected = count(("normal", "1")) + count(("anomalous", "0")) + 2 * evaluate.SHOWN
@@ -1209,8 +969,9 @@ def test_category_without_masks_or_normal_images_gets_what_can_be_computed(train
     assert metrics["false_alarm_rate"] is None
 
 
-def test_same_seed_same_bits_and_every_other_setting_another_run(trained, demo, cli, tmp_path):
-    given = ["--data", demo, "--category", "demo", *TINY, "--out", tmp_path, "--steps", 33]
+def test_same_seed_same_bits_and_every_other_setting_another_run(trained, demo, cli, early_checks,
+                                                                 tmp_path):  # fmt: skip
+    given = ["--data", demo, "--category", "demo", *TINY, "--out", tmp_path, "--steps", 3]
     code, _, error = cli("train.py", *given)
     assert code == 0, error
     one, two = (gaussad.load_plain(p / "detector.pt")["state"] for p in (trained[0], tmp_path))
@@ -1221,46 +982,31 @@ def test_same_seed_same_bits_and_every_other_setting_another_run(trained, demo, 
     assert "is finished; --force trains it anew" in cli("train.py", *given, "--device", "cpu")[1]
     assert (tmp_path / "detector.pt").stat().st_mtime_ns == written
     assert "is finished" not in cli("train.py", *given, "--force")[1]
-    for name in ("a.pth", "b.pth"):  # the same weights by another name are the same run
-        torch.save(models.get_model(BACKBONE).state_dict(), tmp_path / name)
-        torch.manual_seed(0)
-    shutil.copy(tmp_path / "b.pth", tmp_path / "c.pth")
-    for name, finished in (("a.pth", False), ("b.pth", False), ("c.pth", True)):
+    torch.save(models.get_model(BACKBONE).state_dict(), tmp_path / "a.pth")
+    shutil.copy(tmp_path / "a.pth", tmp_path / "b.pth")  # by another name it is the same run
+    for name, finished in (("a.pth", False), ("b.pth", True)):
         output = cli("train.py", *given, "--weights", tmp_path / name)[1]
         assert ("is finished" in output) == finished
 
 
-def test_diverging_training_keeps_the_best_and_says_so(demo, cli, tmp_path):
-    code, output, error = cli("train.py", "--data", demo, "--category", "demo", *TINY, "--steps",
-                              64, "--lr", "1e30", "--out", tmp_path)  # fmt: skip
-    assert (code, error) == (0, "")
-    assert "Step 32: training has failed" in output and "Step 0 (the frozen network)" in output
-    assert GaussianAD.load(tmp_path / "detector.pt").image_size == [64, 64]
-
-
-def test_run_that_is_killed_goes_on_to_the_same_bits(demo, cli, tmp_path):
-    given = ["--data", demo, "--category", "demo", *TINY, "--lr", "1e-5", "--steps", "96",
-             "--patience", "9", "--out"]  # fmt: skip
+def test_run_that_is_killed_goes_on_to_the_same_bits(demo, cli, early_checks, tmp_path):
+    given = ["--data", demo, "--category", "demo", *TINY, "--lr", "1e-5", "--steps", 16,
+             "--patience", 9, "--out"]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command = [sys.executable, HERE / "train.py", *map(str, given), str(killed)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("   32"):
-                break
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and len(json.loads((
-                killed / "history.json").read_text())["checks"]) < 2:  # fmt: skip
-            time.sleep(0.05)
-        result = cli("train.py", *given, killed)
-        assert_one_line(result, "another train.py is at work in .*killed")
-        process.send_signal(signal.SIGKILL)
-    history = json.loads((killed / "history.json").read_text())
-    assert not history["finished"] and len(history["checks"]) == 2
+    checks = lambda: json.loads((killed / "history.json").read_text())["checks"]
+    with early_train(*given, killed) as process:
+        while not (killed / "history.json").exists() or len(checks()) < 2:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)
+        assert_one_line(cli("train.py", *given, killed), "another train.py is at work in .*killed")
+        process.kill()
+    left = ["0", "2", "4", "8", "16"][len(checks()) :]
     code, output, error = cli("evaluate.py", "--data", demo, "--category", "demo", "--out", killed)
-    assert code == 0 and "is not finished" in output, error
+    assert code == 0 and left and "is not finished" in output, error
     (killed / ".detector.pt.part").touch()  # of a kill at another moment
     code, output, _ = cli("train.py", *given, killed)
-    assert code == 0 and re.findall(r"(?m)^ +(\d+) ", output) == ["64", "96"]
+    assert code == 0 and re.findall(r"(?m)^ +(\d+) ", output) == left
     assert cli("train.py", *given, whole)[0] == 0
     a, b = (gaussad.load_plain(path / "detector.pt") for path in (whole, killed))
     assert all(torch.equal(a["state"][key], b["state"][key]) for key in a["state"])
@@ -1289,7 +1035,8 @@ def test_several_categories_one_of_which_fails(two, cli, tmp_path):
     categories = results["categories"]
     assert list(categories) == ["disc", "plate"]
     expected = json.loads((tmp_path / "plate/metrics.json").read_text())["image_auroc_both"]
-    assert categories["plate"]["image_auroc_both"] == expected == results["mean"]["image_auroc_both"]
+    assert categories["plate"]["image_auroc_both"] == expected
+    assert results["mean"]["image_auroc_both"] == expected
     assert results["standard_error"]["image_auroc"] == 0  # twice the same data
     rows = list(csv.reader((tmp_path / "results.csv").open(newline="")))
     names = ["category", "disc", "plate", "mean", "standard_error"]
@@ -1300,7 +1047,7 @@ def test_several_categories_one_of_which_fails(two, cli, tmp_path):
 def test_processes_of_torchrun_share_the_categories_and_wait_for_each_other(two, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                HERE / "train.py", "--data", two, "--category", "broken", "disc", "plate", *TINY,
-               "--steps", "2", "--out", tmp_path]  # fmt: skip
+               "--steps", "0", "--out", tmp_path]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 1 and "train.py: error: broken: no images at" in done.stderr
     for name in ("disc", "plate"):
@@ -1341,21 +1088,11 @@ def test_own_images_are_trained_on_and_scored(demo, cli, tmp_path):
     assert len(list((tmp_path / "scored/pictures").iterdir())) == 17
 
 
-@pytest.mark.parametrize("pixels, n, message", [(0, 2, "too few"), (200, 40, "do not vary")])
-def test_normal_images_that_fit_no_gaussian(pixels, n, message, cli, tmp_path):
-    (tmp_path / "images").mkdir()
-    for i in range(n):
-        Image.new("RGB", (64, 64), (pixels, pixels, 0)).save(tmp_path / f"images/{i}.png")
-    given = ["--normal", tmp_path / "images", "--out", tmp_path / "run", *TINY]
-    assert_one_line(cli("train.py", *given), message)
-    assert not list(tmp_path.glob("run/[!.]*"))
-
-
 def test_demo_ends_in_a_detector_better_than_chance(tmp_path):
-    command = [sys.executable, HERE / "train.py", "--demo", "--weights", "random", "--steps", "32",
+    command = [sys.executable, HERE / "train.py", "--demo", "--weights", "random", "--steps", "0",
                "--out", tmp_path]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "failed" not in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "metrics.json").read_text())["image_auroc_both"] > 0.7
 
 
@@ -1364,20 +1101,16 @@ def broken(demo, tmp_path_factory):
     """A data root with a category for each thing that can be wrong with one."""
     root = tmp_path_factory.mktemp("broken")
     (root / "no_train_good/train").mkdir(parents=True)
-    for category in ("empty", "truncated", "four"):
-        folder = root / category / "train/good"
-        folder.mkdir(parents=True)
-        images = sorted((demo / "demo/train/good").iterdir())[: 4 if category == "four" else 8]
-        for path in images if category != "empty" else []:
-            (folder / path.name).write_bytes(path.read_bytes())
+    (root / "empty/train/good").mkdir(parents=True)
+    shutil.copytree(demo / "demo", root / "truncated")
     path = root / "truncated/train/good/003.png"
     path.write_bytes(path.read_bytes()[:200])
     (root / "file").write_text("not a folder")
-    torch.save(models.mobilenet_v3_small().state_dict(), root / "mobilenet_v3_small.pth")
+    torch.save(models.mobilenet_v3_small().state_dict(), root / "weights.pth")
     torch.save(Malicious(root / "executed"), root / "malicious.pth")
-    for name in ("file", "mobilenet_v3_small.pth", "malicious.pth"):
+    for name in ("file", "weights.pth", "malicious.pth"):
         (root / "runs" / name).mkdir(parents=True)
-        (root / "runs" / name / "detector.pt").write_bytes((root / name).read_bytes())
+        shutil.copy(root / name, root / "runs" / name / "detector.pt")
     yield root
     assert not (root / "executed").exists()
 
@@ -1389,30 +1122,17 @@ def broken(demo, tmp_path_factory):
         ("--data DEMO --category screw", "no category 'screw'.*there are: demo"),
         ("--data ROOT --category no_train_good", "train/good"),
         ("--data ROOT --category empty", "no images at .*empty/train/good"),
-        ("--data ROOT --category four", "too few"),
         ("--data ROOT --category truncated", "truncated/train/good/003.png"),
         ("--data DEMO --category demo --levels 0 3", "the levels 1 to 13"),
-        ("--data DEMO --category demo --map-levels 99", "map levels .99. are not among"),
-        ("--data DEMO --category demo --image-size 0", "size"),
-        ("--data DEMO --category demo --steps -1", "steps"),
-        ("--data DEMO --category demo --augmentations blur", "--augmentations"),
-        ("--data DEMO --category demo --lr nan", "rate"),
         ("--data DEMO --category demo --lr fast", "--lr"),
         ("--data DEMO --category demo --batch-size 0", "batch_size"),
-        ("--data DEMO --category demo --backbone vgg16", "no backbone 'vgg16'"),
-        ("--data DEMO --category demo --weights ROOT/nowhere.pth", "nowhere.pth"),
-        ("--data DEMO --category demo --weights ROOT/file", "ROOT/file is not"),
         ("--data DEMO --category demo --weights ROOT/malicious.pth", "malicious.pth is not"),
-        ("--data DEMO --category demo --weights ROOT/mobilenet_v3_small.pth --backbone resnet18",
+        ("--data DEMO --category demo --weights ROOT/weights.pth --backbone resnet18",
          "does not hold the weights of resnet18"),
         ("--data DEMO --category demo --out ROOT/file/run", "ROOT/file/run.*--out"),
         ("--data DEMO --category demo --out ROOT/runs/file", "is not a file saved by torch.save"),
-        ("--data DEMO --category demo --out ROOT/runs/mobilenet_v3_small.pth", "not of train.py"),
-        ("--data DEMO", "--category"),
-        ("--normal ROOT/nowhere", "no images at .*nowhere"),
+        ("--data DEMO --category demo --out ROOT/runs/weights.pth", "not of train.py"),
         ("--normal ROOT --data ROOT", "--normal goes with --out"),
-        ("", "--demo"),
-        ("--demo --data ROOT", "--demo draws its own data"),
     ],
 )  # fmt: skip
 def test_bad_input_to_train_is_told_in_one_line(args, message, broken, demo, cli, tmp_path):
@@ -1425,19 +1145,15 @@ def test_bad_input_to_train_is_told_in_one_line(args, message, broken, demo, cli
     "args, message",
     [
         ("--model ROOT/nowhere", "no detector at .*nowhere: run train.py first"),
-        ("--model ROOT/runs/file", "file/detector.pt is not a file saved by torch.save"),
-        ("--model ROOT/runs/mobilenet_v3_small.pth", "is not a detector saved by this gaussad.py"),
+        ("--model ROOT/runs/weights.pth", "is not a detector saved by this gaussad.py"),
         ("--model ROOT/runs/malicious.pth", "malicious.pth/detector.pt is not a file saved"),
         ("--model RUN --data ROOT --category empty", "the detector of 'demo', not of 'empty'"),
-        ("--model RUN --data NO_TEST", "demo/test"),
+        ("--model RUN --data RUN/../../data", "demo/test"),  # what it was trained from
         ("--model RUN --false-alarms 5", "between 0 and 1"),
-        ("--model RUN --images ROOT", "--images goes with --model"),
     ],
 )
 def test_bad_input_to_evaluate_is_told_in_one_line(args, message, broken, demo, trained, cli):
-    no_test = trained[0].parent.parent / "data"  # the root it was trained from
-    place = lambda text: (text.replace("ROOT", str(broken)).replace("RUN", str(trained[0]))
-                          .replace("NO_TEST", str(no_test)))  # fmt: skip
+    place = lambda text: text.replace("ROOT", str(broken)).replace("RUN", str(trained[0]))
     given = ["--data", demo, "--category", "demo", *place(args).split()]
     assert_one_line(cli("evaluate.py", *given), message)
 
@@ -1449,48 +1165,26 @@ def assert_one_line(result, message):
     assert re.search(message, error), error
 
 
-def saved(path, size=(64, 64), mode="RGB", **options):
-    Image.new(mode, size, 60 if mode in ("L", "I;16") else None).save(path, **options)
-
-
-ODD = {  # what one odd file among normal images is, and what train.py says: None if it trains
-    "new\nline größe 寸法.png": (saved, None),
-    "not_text_\udcff.png": (saved, None),
-    "UPPER.PNG": (saved, None),
-    "one_pixel.png": (lambda path: saved(path, (1, 1)), None),
-    "cmyk.jpg": (lambda path: saved(path, mode="CMYK"), None),
-    "animated.gif": (lambda path: saved(path, mode="P", save_all=True,
-                                        append_images=[Image.new("P", (64, 64), 9)]), None),
-    "dangling.png": (lambda path: path.symlink_to("nowhere"), None),
-    "notes.txt": (lambda path: path.write_text("not an image"), None),
-    "._003.png": (lambda path: path.write_text("macOS's notes on a file"), None),
-    f"{240 * 'n'}.png": (saved, None),
-    "empty.png": (lambda path: path.touch(), "cannot read the image .*empty.png"),
-    "float.tiff": (lambda path: saved(path, mode="F"), "float.tiff: floating-point pixels"),
-    "br\noken_\udcff.png": (lambda path: path.touch(), "cannot read the image .*br oken_"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_odd_file_among_the_images(name, demo, cli, tmp_path):
-    make, message = ODD[name]
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for path in sorted((demo / "demo/train/good").iterdir())[:8]:
-        (folder / path.name).symlink_to(path)
-    make(folder / name)
+def test_odd_files_among_the_images(demo, cli, tmp_path):
+    shutil.copytree(demo / "demo/train/good", tmp_path / "images")
+    names = ["new\nline größe 寸法.png", "not_text_\udcff.png", "UPPER.PNG", f"{240 * 'n'}.png"]
+    for i, name in enumerate(names):
+        Image.new("RGB", (64, 64), (i, 60, 60)).save(tmp_path / "images" / name)
+    Image.new("CMYK", (1, 1)).save(tmp_path / "images/one_pixel.jpg")
+    (tmp_path / "images/dangling.png").symlink_to("nowhere")
+    for name in ("notes.txt", "._003.png"):
+        (tmp_path / "images" / name).write_text("not an image")
     out = tmp_path / "run"
-    result = cli("train.py", "--normal", folder, "--out", out, *TINY, "--steps", 0)
-    if message:
-        return assert_one_line(result, message)
-    assert result[0] == 0, result
-    code, output, error = cli("evaluate.py", "--model", out / "detector.pt", "--images", folder,
-                              "--pictures")  # fmt: skip
-    assert code == 0 and "error" not in error, error
+    given = ["--normal", tmp_path / "images", "--out", out, *TINY, "--steps", 0]
+    assert cli("train.py", *given)[0] == 0
+    code, _, error = cli("evaluate.py", "--model", out / "detector.pt", "--images",
+                         tmp_path / "images", "--pictures")  # fmt: skip
+    assert code == 0, error
     with (out / "scored/scores.csv").open(newline="", errors="surrogateescape") as file:
-        scored = [Path(row["path"]).name for row in csv.DictReader(file)]
-    read = (folder / name).is_file() and name not in ("notes.txt", "._003.png")
-    assert (name in scored) == read and len(scored) == 8 + read
+        scored = {Path(row["path"]).name for row in csv.DictReader(file)}
+    assert scored == {*names, "one_pixel.jpg", *os.listdir(demo / "demo/train/good")}
+    (tmp_path / "images/br\noken_\udcff.png").touch()
+    assert_one_line(cli("train.py", *given), "cannot read the image .*br oken_")
 
 
 @contextmanager
@@ -1516,10 +1210,243 @@ def test_full_disk_keeps_what_was_there(trained, demo, cli, tmp_path):
     assert not list((tmp_path / "run").glob(".*.part"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_asked_for_and_absent(demo, cli, tmp_path):
-    given = ["--data", demo, "--category", "demo", *TINY, "--device", "cuda", "--out", tmp_path]
-    assert_one_line(cli("train.py", *given), "no CUDA device")
+# ------------------------------------------------------------------------------------------------
+# What users really have: cameras, masks, folders, weights
+# ------------------------------------------------------------------------------------------------
+
+
+def png_of(values):
+    """A 16-bit RGB PNG (H, W, 3), which Pillow reads but cannot write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunk = lambda kind, data: (struct.pack(">I", len(data)) + kind + data
+                                + struct.pack(">I", zlib.crc32(kind + data)))  # fmt: skip
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))  # fmt: skip
+
+
+GRAY = (np.indices((40, 60)).sum(0) * 255 // 98).astype(np.int64)  # 0 to 255
+
+
+@pytest.mark.parametrize("kind", ["I;16", "I", "RGB"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_camera_data_in_16_bits_is_read_right_or_refused(kind, bits, tmp_path):
+    values, path = GRAY * (2**bits - 1) // 255, tmp_path / "image.png"
+    if kind == "RGB":
+        path.write_bytes(png_of(np.stack([values] * 3, -1)))
+    else:
+        path = path.with_suffix(".tif")
+        Image.fromarray(values.astype({"I;16": np.uint16, "I": np.int32}[kind])).save(path)
+    if bits == 16:
+        Image.fromarray(GRAY.astype(np.uint8)).save(tmp_path / "gray.png")
+        expected = gaussad.load_image(tmp_path / "gray.png", 32).int()
+        assert (gaussad.load_image(path, 32).int() - expected).abs().max() <= 1
+    else:
+        with pytest.raises(ValueError, match=f"{path.name}: .* or save as 8 bits"):
+            gaussad.load_image(path, 32)
+
+
+@pytest.mark.parametrize("mode, change, options", [
+    ("int32", lambda x: x - 300, {}), ("int32", lambda x: 2 * x, {}),
+    ("uint16", lambda x: x, {"tiffinfo": {262: 0}}), ("float32", lambda x: x, {}),
+])  # fmt: skip
+def test_pixels_of_another_meaning_are_refused(mode, change, options, tmp_path):
+    values = change(GRAY * 257).astype(mode)
+    Image.fromarray(values).save(tmp_path / "odd.tif", **options)
+    with pytest.raises(ValueError, match="odd.tif: pixels are not from 0, black, to 65535, white"):
+        gaussad.load_image(tmp_path / "odd.tif", 32)
+
+
+def test_what_is_not_opaque_is_drawn_over_black(tmp_path):
+    for colour in (0, 255):
+        pixels = np.full((64, 64, 4), colour, np.uint8)
+        pixels[:32] = (90, 120, 30, 255)
+        pixels[32:, :, 3] = 0
+        Image.fromarray(pixels).save(tmp_path / f"{colour}.png")
+    black, white = (gaussad.load_image(tmp_path / f"{colour}.png", 32) for colour in (0, 255))
+    assert torch.equal(black, white) and not black[:, 17:].any() and (black[1, :15] == 120).all()
+
+
+def test_image_past_pillows_limit_is_refused_with_the_way_round_it(tmp_path, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "scan.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="scan.png is too big .*: shrink it, or cut it"):
+        gaussad.load_image(tmp_path / "scan.png", 32)
+
+
+DEFECT = np.zeros((50, 70), bool)
+DEFECT[10:20, 30:60] = True
+
+
+def drawn(colour, rest, mode="RGBA", palette=None):
+    """The defect in one colour, the rest in another."""
+    image = Image.new(mode, DEFECT.shape[::-1], rest)
+    image.paste(colour, mask=Image.fromarray(DEFECT))
+    if palette:
+        image.putpalette(palette)
+    return image
+
+
+MASKS = {
+    "white_on_transparent_white": drawn((255, 255, 255, 255), (255, 255, 255, 0)),
+    "black_on_transparent": drawn((0, 0, 0, 255), (0, 0, 0, 0)),
+    "white_on_opaque_black": drawn((255, 255, 255, 255), (0, 0, 0, 255)),
+    "dark_instance": drawn((0, 0, 1), (0, 0, 0), "RGB"),
+    "dark_gray_with_alpha": drawn((1, 255), (0, 255), "LA"),
+    "all_black_palette": drawn(1, 0, "P", [0] * 768),
+    "16_bits": Image.fromarray(DEFECT.astype(np.uint16)),
+    "one_bit": drawn(1, 0, "1"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_mask_of_any_kind_is_where_the_defect_is(name, tmp_path):
+    MASKS[name].save(tmp_path / "mask.png")
+    expected = Image.fromarray(DEFECT).resize((350, 350), Image.Resampling.NEAREST)
+    found = gaussad.load_mask(tmp_path / "mask.png", 350)
+    assert found.dtype == torch.bool and np.array_equal(found, np.asarray(expected))
+    for colour, mode in (((0, 0, 0, 0), "RGBA"), ((0, 0, 0, 255), "RGBA"), (0, "L")):
+        Image.new(mode, (50, 50), colour).save(tmp_path / "empty.png")
+        assert not gaussad.load_mask(tmp_path / "empty.png", 64).any()
+
+
+def test_no_pixel_of_a_defect_vanishes_when_its_mask_is_made_smaller(tmp_path):
+    for place in ((0, 0), (511, 300), (1023, 1023)):
+        mask = np.zeros((1024, 1024), np.uint8)
+        mask[place] = 255
+        Image.fromarray(mask).save(tmp_path / "dot.png")
+        found = gaussad.load_mask(tmp_path / "dot.png", 380).nonzero()
+        assert [place[0] * 380 // 1024, place[1] * 380 // 1024] in found.tolist()
+
+
+def test_image_turned_by_exif_and_its_mask_of_the_raw_size_go_together(tmp_path):
+    exif = Image.Exif()
+    for orientation in (1, 5, 6, 7, 8):
+        exif[0x0112] = orientation
+        picture = Image.fromarray((255 * DEFECT).astype(np.uint8))
+        picture.save(tmp_path / "image.png", exif=exif)
+        picture.save(tmp_path / "mask.png")
+        image = gaussad.load_image(tmp_path / "image.png", 350)[0] > 127
+        mask = gaussad.load_mask(tmp_path / "mask.png", 350, tmp_path / "image.png")
+        assert (image != mask).float().mean() < 0.01, orientation
+
+
+def test_masks_by_other_names_and_folders_of_masks_are_found(tmp_path):
+    names = {"a.png": "a_mask.png", "b.jpg": "b.png", "c.png": "c.bmp", "d.png": "d_mask.PNG",
+             "deep/e.png": "deep/e_mask.tif", "f.png": "f/000.png", "g.png": None}  # fmt: skip
+    for image, mask in names.items():
+        for path in [f"test/cut/{image}"] + [f"ground_truth/cut/{mask}"] * bool(mask):
+            path = tmp_path / "part" / path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (64, 64), 255).save(path)
+    Image.new("L", (64, 64), 0).save(tmp_path / "part/ground_truth/cut/f/001.png")
+    found = gaussad.list_samples(tmp_path, "part", "test")
+    assert len(found) == len(names)
+    for sample in found:
+        mask = names[sample.path.relative_to(tmp_path / "part/test/cut").as_posix()]
+        assert (sample.mask is None) == (mask is None) and sample.defect == "cut"
+        assert mask is None or gaussad.load_mask(sample.mask, 32).all()
+
+
+def test_images_are_found_by_any_suffix_at_any_depth_and_others_are_counted(tmp_path):
+    names = ["a.jfif", "b.jp2", "c.tga", "d.PNG", "deep/deeper/e.webp"]
+    for name in [*names, ".hidden.png", ".ipynb_checkpoints/a.png", "notes.txt", "deep/data.csv"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match="2 files in .* passed over"):
+        found = gaussad.list_images([tmp_path])
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == names
+
+
+def test_normal_folder_is_good_in_any_case_and_one_like_it_is_told(tmp_path):
+    for folder in ("train/Good", "test/GOOD", "test/ok"):
+        (tmp_path / "part" / folder).mkdir(parents=True)
+        Image.new("L", (64, 64)).save(tmp_path / "part" / folder / "a.png")
+    assert len(gaussad.list_samples(tmp_path, "part", "train")) == 1
+    with pytest.warns(UserWarning, match="ok counts as a defect: normal images are in .* 'good'"):
+        found = gaussad.list_samples(tmp_path, "part", "test")
+    assert [sample.defect for sample in found] == ["good", "ok"]
+
+
+def test_copies_are_told_and_left_out(demo, cli, tmp_path):
+    paths = sorted((demo / "demo/train/good").iterdir())[:12]
+    (tmp_path / "images").mkdir()
+    for i, path in enumerate([*paths, *paths[:5] * 2]):
+        shutil.copy(path, tmp_path / f"images/{i:02d}.png")
+    given = ["--normal", tmp_path / "images", "--out", tmp_path / "run", *TINY, "--steps", 0]
+    with pytest.warns(UserWarning, match="10 of 22 normal images are copies, and are left out"):
+        code, output, _ = cli("train.py", *given)
+    assert code == 0 and "6 images to fit, 6 held out" in output
+
+
+def test_one_unreadable_file_of_many_is_named_and_the_rest_is_scored(trained, demo, cli, tmp_path):
+    shutil.copytree(demo / "demo/test/stain", tmp_path / "images")
+    (tmp_path / "images/003.png").write_text("not an image")
+    given = ["--model", trained[0] / "detector.pt", "--out", tmp_path, "--images"]
+    result = cli("evaluate.py", *given, tmp_path / "images")
+    assert_one_line(result, "cannot read the image .*003.png")
+    rows = list(csv.DictReader((tmp_path / "scores.csv").open(newline="")))
+    assert len(rows) == 7 and "003.png" not in str(rows)
+
+
+def test_anomalous_images_without_a_mask_or_with_an_empty_one_are_counted(trained, demo, cli,
+                                                                          tmp_path):  # fmt: skip
+    shutil.copytree(demo / "demo", tmp_path / "demo")
+    (tmp_path / "demo/ground_truth/stain/003_mask.png").unlink()
+    Image.new("L", (64, 64)).save(tmp_path / "demo/ground_truth/stain/004_mask.png")
+    code, output, error = cli("evaluate.py", "--data", tmp_path, "--category", "demo", "--model",
+                              trained[0], "--out", tmp_path)  # fmt: skip
+    assert code == 0 and "_mask" in output, error
+    assert json.loads((tmp_path / "metrics.json").read_text())["n_without_mask"] == 2
+
+
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "module.backbone."])
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+def test_weights_of_a_training_are_understood(prefix, key, tmp_path):
+    network = models.mobilenet_v3_small()
+    state = {prefix + name: value for name, value in network.state_dict().items()}
+    torch.save({key: state, "epoch": 3} if key else state, tmp_path / "weights.pth")
+    extractor = FeatureExtractor(BACKBONE, weights=tmp_path / "weights.pth")
+    images = torch.rand(1, 3, 64, 64)
+    expected = network.eval().features(normalised(images))
+    assert relative(extractor(images)[-1].detach(), expected.detach()) < 1e-4
+
+
+def test_weights_that_cannot_be_used_are_told_for_what_they_are(tmp_path):
+    state = models.mobilenet_v3_small().state_dict()
+    torch.save({f"encoder.{name}": value for name, value in state.items()}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="it has encoder.features.*, and features.* are needed"):
+        FeatureExtractor(BACKBONE, weights=tmp_path / "other.pth")
+    state["features.0.0.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match="weights in .*nan.pth are not all finite"):
+        FeatureExtractor(BACKBONE, weights=tmp_path / "nan.pth")
+
+
+def test_safetensors_are_read_where_the_package_is(tmp_path, monkeypatch):
+    tensors = {"x": torch.rand(3)}
+    (tmp_path / "a.safetensors").write_bytes(b"none")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # not installed
+    with pytest.raises(ValueError, match="a.safetensors, pip install safetensors"):
+        gaussad.load_plain(tmp_path / "a.safetensors")
+    monkeypatch.undo()
+    pytest.importorskip("safetensors.torch").save_file(tensors, tmp_path / "a.safetensors")
+    assert torch.equal(gaussad.load_plain(tmp_path / "a.safetensors")["x"], tensors["x"])
+
+
+def test_broken_download_is_told_with_what_to_delete(monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("invalid hash value")
+
+    monkeypatch.setattr(models, "get_model", broken)
+    with pytest.raises(ConnectionError, match="invalid hash value.*delete .*checkpoints"):
+        FeatureExtractor(BACKBONE)
+
+
+@pytest.mark.parametrize("change", [lambda x: 255 * x, lambda x: (x - 0.5) / 0.25])
+def test_float_images_of_another_range_are_an_error(change, fitted):
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        fitted[0](change(fitted[1]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1549,3 +1476,24 @@ def test_frozen_mobilenet_on_screw_agrees_with_an_independent_program():
     masks = torch.stack([gaussad.load_mask(s.mask, 320) if s.mask else none for s in test])
     assert 100 * gaussad.auroc(maps, masks) == pytest.approx(98.5, abs=0.5)
     assert 100 * gaussad.aupro(maps, masks) == pytest.approx(93.7, abs=1)
+
+
+@real
+@torch.inference_mode()
+def test_efficientnet_lite0_on_transistor_through_ones_own_network(monkeypatch):
+    shared = Path(os.environ["GAUSSAD_WEIGHTS"]).parent.parent
+    monkeypatch.syspath_prepend(shared / "tools")
+    lite = pytest.importorskip("efficientnet_lite")
+    extractor = FeatureExtractor(list(lite.lite0().features), mean=lite.MEAN, std=lite.STD)
+    assert extractor.levels == [5, 6, 7, 8, 9]
+    normal, test = (gaussad.list_samples(os.environ["GAUSSAD_DATA"], "transistor", split)
+                    for split in ("train", "test"))  # fmt: skip
+    fit, held_out = gaussad.hold_out(gaussad.load_images([s.path for s in normal], 256))
+    detector = GaussianAD(extractor)
+    detector.fit_and_calibrate(torch.stack(fit).split(16), torch.stack(held_out))
+    images = gaussad.load_images([sample.path for sample in test], 256).split(16)
+    found = [detector.scores_and_maps(batch) for batch in images]
+    labels = torch.tensor([sample.defect != "good" for sample in test])
+    pooled = gaussad.auroc(torch.cat([scores for scores, _ in found]), labels)
+    both = gaussad.auroc(torch.cat([detector.anomaly_score(*pair) for pair in found]), labels)
+    assert 100 * pooled == pytest.approx(97.2, abs=1) and both > 0.99
