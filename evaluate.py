@@ -253,7 +253,7 @@ def remarks(scored: Scored, metrics: dict, unfinished: bool) -> list[str]:
     notes = {"{n_normal} normal and {n_anomalous} anomalous images.".format(**metrics): True,
              "No AUROC: it needs normal (test/good) and anomalous images, both.":
                  metrics["image_auroc_both"] is None,
-             f"{missing} anomalous images have no mask, such as ground_truth/<defect>/<stem>_mask.png, and "
+             f"{missing} anomalous images have no mask (ground_truth/<defect>/<stem>_mask.png), "
              f"{left_out - missing} an empty one: the pixel figures leave them out.": left_out,
              "The training is not finished: this is its best step so far.": unfinished}  # fmt: skip
     return [note for note, holds in notes.items() if holds]
