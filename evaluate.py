@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     root, metrics = args.out or Path("runs"), {}
     for name in names:
         try:
-            out = root if alone and args.out else root / name
-            metrics[name] = evaluate(args, name, out)
+            metrics[name] = evaluate(args, name, root if alone and args.out else root / name)
         except Exception as error:
             tell(f"{name}: {error_line(error)}")
     if metrics and not alone:
@@ -81,8 +80,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=Path, nargs="+", metavar="PATH", help="your own images, files or folders")
     add("--model", type=Path, metavar="FILE", help="the detector, or a folder of <category>/"
         "detector.pt (default: detector.pt in --out or in runs/<category>)")
-    add("--out", type=Path, help="folder of the results (default: runs/<category>); of several "
-        "categories, of theirs (default: runs)")
+    add("--out", type=Path, help="folder of the results (default: that of the detector); of "
+        "several categories, of theirs (default: runs)")
     add("--pictures", action="store_true", help="draw the anomaly map of each image")
     add("--false-alarms", type=float, default=0.05, metavar="SHARE",
         help="of normal images that the threshold lets be called anomalous, about (0.05)")
@@ -178,6 +177,7 @@ def score_own(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace, category: str, out: Path) -> dict:
     """Score and measure a category; write and print what is found, and return the metrics."""
     path = find_detector(args.model, category, out)
+    out = out if args.out else path.parent
     training = load_plain(path).get("training", {})
     trained_on = training.get("settings", {}).get("category")
     if trained_on not in (None, category):
@@ -253,8 +253,10 @@ def remarks(scored: Scored, metrics: dict, unfinished: bool) -> list[str]:
     notes = {"{n_normal} normal and {n_anomalous} anomalous images.".format(**metrics): True,
              "No AUROC: it needs normal (test/good) and anomalous images, both.":
                  metrics["image_auroc_both"] is None,
-             f"{missing} anomalous images have no mask (ground_truth/<defect>/<stem>_mask.png), "
-             f"{left_out - missing} an empty one: the pixel figures leave them out.": left_out,
+             f"Of anomalous images, {missing} have no mask, ground_truth/<defect>/<stem>_mask.png, "
+             "and are left out of the pixel figures.": missing,
+             f"Of anomalous images, {left_out - missing} have an empty mask: left out as well.":
+                 left_out - missing,
              "The training is not finished: this is its best step so far.": unfinished}  # fmt: skip
     return [note for note, holds in notes.items() if holds]
 

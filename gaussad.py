@@ -59,7 +59,7 @@ def list_categories(root: str | Path) -> list[str]:
     """The folders in `root` that have a train or a test folder; ValueError where none has."""
     folders = [*Path(root).glob("*/train/"), *Path(root).glob("*/test/")]
     if not folders:
-        raise ValueError(f"no data set at {root}: a category is a folder with train/good in it")
+        raise ValueError(f"no data set at {root}: give the folder above <category>/train/good")
     return sorted({folder.parent.name for folder in folders})
 
 
@@ -84,7 +84,7 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
             mask = masks.get(stem.with_name(f"{stem.name}_mask")) or masks.get(stem)
             samples.append(Sample(path, defect, mask))
     if not samples:
-        raise ValueError(f"no folder {home / NORMAL}: {split} images are in such folders")
+        raise ValueError(f"no images in {home / NORMAL}: {split} images are in such folders")
     return samples
 
 
@@ -260,8 +260,10 @@ class FeatureExtractor(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """One feature map (B, C_l, H_l, W_l) float32 per level, on the network's device, of images
         (B, 3, H, W) RGB on any device, uint8 or float in [0, 1]; ValueError for others."""
-        if not images.is_floating_point() and images.dtype != torch.uint8:
-            raise ValueError(f"images are uint8, or floating-point in [0, 1], not {images.dtype}")
+        known = images.is_floating_point() or images.dtype == torch.uint8
+        if not known or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError("images are uint8, or floating-point in [0, 1], and (B, 3, H, W), not "
+                             f"{images.dtype} and {list(images.shape)}")  # fmt: skip
         if images.is_floating_point() and not torch.compiler.is_compiling():
             if images.min() < 0 or images.max() > 1:
                 raise ValueError("floating-point images are in [0, 1], and not yet normalised")
@@ -447,7 +449,7 @@ class Gaussian(nn.Module):
         diagonal += floor * diagonal.mean()
         rounding = torch.finfo(torch.float32).eps ** 2 * moments.mean.square().mean(-1)
         if (diagonal.mean(-1) <= rounding).any():
-            raise DegenerateError("the features do not vary: are the images all the same?")
+            raise DegenerateError("the features do not vary, as if all images were the same")
         if covariance != "full":
             sigma = torch.diag_embed(diagonal if covariance == "diagonal" else diagonal**0)
         return cls(moments.mean, whitening_matrix(sigma))
@@ -749,7 +751,7 @@ class AugmentationValidator:
     def __init__(self, images: Tensor, seed: int = 0, versions: int = 128,
                  augmentations: dict[str, Callable] = LOCAL) -> None:  # fmt: skip
         if len(images) < 2 or images.dtype != torch.uint8:
-            raise ValueError("the validator needs two held-out images at the least, uint8")
+            raise ValueError("the validator needs two held-out images at the least, as uint8")
         self.normal, draws = images, math.ceil(versions / len(images))
         with seeded(seed):
             self.augmented = {name: torch.cat([augment(images) for _ in range(draws)])
@@ -848,7 +850,7 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
         except DegenerateError as error:
             if step == 0:
                 raise
-            yield Check(step, failure=f"{error}; try a smaller learning rate")
+            yield Check(step, failure=f"{error}: try a smaller learning rate")
             return
         gain = found.gain_over(best) if best else None
         kept = gain is None or gain[0] > 2 * gain[1]
@@ -1007,8 +1009,9 @@ def load_plain(path: str | Path) -> dict:
     except ImportError as error:
         raise ValueError(f"to read {path}, pip install safetensors") from error
     except Exception as error:  # the unpickler raises whatever it likes on other files
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a file saved by torch.save ({reason})") from error
+        if "memory" in str(error):
+            raise
+        raise ValueError(f"{path} is not a file saved by torch.save, or it is damaged") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return content

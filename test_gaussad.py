@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # networks here are too small to gain by more threads
+
 import numpy as np
 import pytest
 import torch
@@ -962,7 +964,7 @@ def test_category_without_masks_or_normal_images_gets_what_can_be_computed(train
     given = ["--data", tmp_path, "--model", trained[0] / "detector.pt", "--out", tmp_path]
     (tmp_path / "demo").symlink_to(tmp_path / "a")
     code, output, error = cli("evaluate.py", *given, "--category", "demo", "--pictures")
-    assert code == 0 and "8 anomalous images have no mask" in output and "No AUROC" in output, error
+    assert code == 0 and "8 have no mask" in output and "No AUROC" in output, error
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["pixel_auroc"] is metrics["image_auroc_both"] is metrics["aupro"] is None
     assert metrics["n_without_mask"] == 8 and metrics["miss_rate"] >= 0
@@ -1463,7 +1465,8 @@ real = pytest.mark.skipif(
 @torch.inference_mode()
 def test_frozen_mobilenet_on_screw_agrees_with_an_independent_program():
     data, weights = os.environ["GAUSSAD_DATA"], os.environ["GAUSSAD_WEIGHTS"]
-    fit = [sample.path for sample in gaussad.list_samples(data, "screw", "train")][::2]
+    normal = [sample.path for sample in gaussad.list_samples(data, "screw", "train")]
+    fit, _ = gaussad.hold_out(normal, 0)
     test = gaussad.list_samples(data, "screw", "test")
     levels = [2, 4, 7, 11, 14, 17, 18, 19]  # what the independent program had
     detector = GaussianAD(FeatureExtractor("mobilenet_v2", levels, weights), [14])
@@ -1471,7 +1474,7 @@ def test_frozen_mobilenet_on_screw_agrees_with_an_independent_program():
     images = gaussad.load_images([sample.path for sample in test], 320).split(16)
     scores, maps = map(torch.cat, zip(*[detector.scores_and_maps(batch) for batch in images]))
     found = gaussad.auroc(scores, torch.tensor([s.defect != "good" for s in test]))
-    assert 100 * found == pytest.approx(77.5, abs=3)
+    assert 100 * found == pytest.approx(77.5, abs=2)
     none = torch.zeros(320, 320, dtype=torch.bool)
     masks = torch.stack([gaussad.load_mask(s.mask, 320) if s.mask else none for s in test])
     assert 100 * gaussad.auroc(maps, masks) == pytest.approx(98.5, abs=0.5)

@@ -169,8 +169,7 @@ def train(args: Namespace, device: torch.device) -> None:
         training |= {"finished": True, "state": None}
         save(path, training)
         step = best_step(training)
-        print(f"Step {step}{' (the frozen network)' * (step == 0)} is the validator's choice; "
-              f"its detector is {path}")  # fmt: skip
+        print(f"Step {step}{' (the frozen network)' * (step == 0)} is kept; its detector is {path}")
 
 
 @contextmanager
