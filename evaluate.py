@@ -183,11 +183,12 @@ def evaluate(args: argparse.Namespace, category: str, out: Path) -> dict:
     if trained_on not in (None, category):
         raise ValueError(f"{path} is the detector of {trained_on!r}, not of {category!r}")
     scored = score(path, list_samples(args.data, category, "test"), args, out)
-    steps = [check["step"] for check in training.get("checks", []) if check["kept"]]
+    checks = training.get("checks", [])
+    steps = [check["step"] for check in checks if check["kept"]]
     metrics = {**measure(scored), "best_step": steps[-1] if steps else None}
     notes = remarks(scored, metrics, unfinished=not training.get("finished", True))
     write(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_report(out / "report.html", category, scored, metrics, notes)
+    write_report(out / "report.html", category, scored, metrics, notes, checks)
     print(text_table([[category, "in %"], *figures(metrics)]), *notes, sep="\n")
     print(f"metrics.json, scores.csv and report.html are in {out}")
     return metrics
@@ -363,7 +364,8 @@ figure { display: inline-block; width: 540px; max-width: 100%; margin: 0 6px 1em
 img, svg { width: 100%; max-width: 560px } path { stroke-width: 2 }"""
 
 
-def write_report(path: Path, title: str, scored: Scored, metrics: dict, notes: list[str]) -> None:
+def write_report(path: Path, title: str, scored: Scored, metrics: dict, notes: list[str],
+                 checks: list[dict]) -> None:  # fmt: skip
     """All that was found of a category in one file of HTML that needs no other."""
     parts = [
         (title, escape(" ".join(notes)), html_table([["", "in %"], *figures(metrics)])),
@@ -374,6 +376,9 @@ def write_report(path: Path, title: str, scored: Scored, metrics: dict, notes: l
                for rate, found in metrics["at_false_alarms"].items())])),
         ("Anomaly scores", "Each mark is an image. Those to the right of the line, the threshold "
          f"{scored.threshold:.2f}, are called anomalous.", strips(scored)),
+        ("Training", f"Step {metrics['best_step']} is kept. The separation s is how far augmented "
+         "images score above held-out normal ones; its gain is over the best before.",
+         html_table([["step", "loss", "s", "gain", "standard error"], *map(check_row, checks)])),
         ("Pictures", "Beside each image the same under its anomaly map: yellow is unusual, red is "
          "beyond the threshold of maps. Outlined in blue is the predicted defect, in green the "
          "true one.", ""),
@@ -382,6 +387,11 @@ def write_report(path: Path, title: str, scored: Scored, metrics: dict, notes: l
     body = "".join(f"<h2>{escape(head)}</h2><p>{about}</p>{rest}" for head, about, rest in parts)
     write(path, "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="
           f"'width=device-width'><title>{escape(title)}</title><style>{STYLE}</style>{body}")
+
+
+def check_row(check: dict) -> list[str]:
+    values = [check[key] for key in ("loss", "separation", "gain", "standard_error")]
+    return [str(check["step"]), *("-" if v is None else f"{v:.2f}" for v in values)]
 
 
 def shown(scored: Scored) -> dict[str, list[int]]:
