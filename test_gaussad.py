@@ -91,6 +91,20 @@ def test_ledoit_wolf_equals_the_paper_and_scikit_learn(n, c, condition, referenc
     assert abs(shrinkage.item() - expected_shrinkage) < 1e-10
 
 
+def test_leading_dimensions_are_independent_gaussians():
+    x = torch.tensor(random_samples(2, 3, 20, 6))
+    covariance, shrinkage = gaussad.ledoit_wolf(x)
+    gaussian = Gaussian.fit(Moments().add(x))
+    distance = gaussian.distance(x.permute(2, 0, 1, 3))
+    assert covariance.shape == (2, 3, 6, 6) and shrinkage.shape == (2, 3)
+    for i, j in np.ndindex(2, 3):
+        one, one_shrinkage = gaussad.ledoit_wolf(x[i, j])
+        assert relative(covariance[i, j], one) < 1e-12
+        assert relative(shrinkage[i, j], one_shrinkage) < 1e-12
+        alone = Gaussian.fit(Moments().add(x[i, j])).distance(x[i, j])
+        assert relative(distance[:, i, j], alone) < 1e-10
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_moments_do_not_depend_on_the_batches(offset):
     x = torch.tensor(random_samples(2, 97, 10, condition=1e4, offset=offset))
