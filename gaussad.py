@@ -70,8 +70,9 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
     if category not in (names := list_categories(root)):
         raise ValueError(f"no category {category!r} in {root}; there are: {', '.join(names)}")
     home, truth = Path(root, category, split), Path(root, category, "ground_truth")
+    known = suffixes()
     masks = {path.relative_to(truth).with_suffix(""): path for path in sorted(truth.rglob("*"))
-             if path.is_dir() or path.suffix.lower() in suffixes()}  # fmt: skip
+             if path.is_dir() or path.suffix.lower() in known}  # fmt: skip
     samples = []
     for folder in sorted(home.glob("[!.]*/")):
         defect = NORMAL if folder.name.lower() == NORMAL else folder.name
@@ -91,11 +92,11 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
 def list_images(paths: Sequence[str | Path]) -> list[Path]:
     """The image files named, and those in the folders named, at any depth and not hidden, sorted.
     Warns of other files. Raises ValueError for a path without an image."""
-    files = []
+    files, known = [], suffixes()
     for path in map(Path, paths):
         inside = [file for file in sorted(path.rglob("*")) if file.is_file()
                   and not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        found = [file for file in inside if file.suffix.lower() in suffixes()]
+        found = [file for file in inside if file.suffix.lower() in known]
         found = [path] if path.is_file() else found
         if not found:
             raise ValueError(f"no images at {path}: give image files, or folders of them")

@@ -152,8 +152,8 @@ def train(args: Namespace, device: torch.device) -> None:
             print(f"{args.out} is finished; --force trains it anew")
             return
         detector = GaussianAD(extractor(args), args.map_levels, args.covariance).to(device)
-        images = without_copies(load_images(paths, args.image_size, args.workers))
-        fit, held_out = map(torch.stack, hold_out(images, args.seed))
+        fit, held_out = map(torch.stack, hold_out(
+            without_copies(load_images(paths, args.image_size, args.workers)), args.seed))
         batches = Counted(DataLoader(fit, args.batch_size, shuffle=True))
         print(f"{args.out}: {len(fit)} images to fit, {len(held_out)} held out")
         print(" step     loss  seconds       s  gain over best   AUROC in %")
