@@ -70,9 +70,8 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
     if category not in (names := list_categories(root)):
         raise ValueError(f"no category {category!r} in {root}; there are: {', '.join(names)}")
     home, truth = Path(root, category, split), Path(root, category, "ground_truth")
-    known = suffixes()
     masks = {path.relative_to(truth).with_suffix(""): path for path in sorted(truth.rglob("*"))
-             if path.is_dir() or path.suffix.lower() in known}  # fmt: skip
+             if path.is_dir() or _is_image(path)}  # fmt: skip
     samples = []
     for folder in sorted(home.glob("[!.]*/")):
         defect = NORMAL if folder.name.lower() == NORMAL else folder.name
@@ -92,24 +91,21 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
 def list_images(paths: Sequence[str | Path]) -> list[Path]:
     """The image files named, and those in the folders named, at any depth and not hidden, sorted.
     Warns of other files. Raises ValueError for a path without an image."""
-    files, known = [], suffixes()
+    images = []
     for path in map(Path, paths):
-        inside = [file for file in sorted(path.rglob("*")) if file.is_file()
-                  and not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        found = [file for file in inside if file.suffix.lower() in known]
-        found = [path] if path.is_file() else found
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()
+                 and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        found = [path] if path.is_file() else list(filter(_is_image, files))
         if not found:
             raise ValueError(f"no images at {path}: give image files, or folders of them")
-        if len(inside) > len(found):
-            warnings.warn(f"{len(inside) - len(found)} files in {path} are no images by their "
-                          "names: passed over")  # fmt: skip
-        files += found
-    return files
+        if others := len(set(files) - set(found)):
+            warnings.warn(f"files in {path} that are passed over, being no images: {others}")
+        images += found
+    return images
 
 
-def suffixes() -> set[str]:
-    """Of the files that Pillow can read, such as ".png"."""
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+def _is_image(path: Path) -> bool:
+    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
 
 
 def hold_out(samples: Sequence, seed: int = 0) -> tuple[list, list]:
@@ -126,7 +122,7 @@ def hold_out(samples: Sequence, seed: int = 0) -> tuple[list, list]:
 def without_copies(images: Tensor) -> Tensor:
     """Images (N, 3, H, W) without those equal to an earlier one, of which it warns: a copy of a
     fitted image, held out, would seem more normal than any other."""
-    first = {image.numpy().tobytes(): i for i, image in reversed(list(enumerate(images)))}
+    first = {hash(image.numpy().tobytes()): i for i, image in reversed(list(enumerate(images)))}
     if copies := len(images) - len(first):
         warnings.warn(f"{copies} of {len(images)} normal images are copies, and are left out")
     return images[sorted(first.values())]
@@ -163,26 +159,23 @@ def load_mask(path: str | Path, size: int, image: str | Path | None = None) -> T
     if Path(path).is_dir():
         return torch.stack([load_mask(file, size, image) for file in list_images([path])]).any(0)
     with _opened(path) as file:
-        values = np.atleast_3d(np.asarray(file))
-        defect = (values[..., :-1] if file.mode[-1] in "Aa" else values).any(-1)
-        if file.has_transparency_data:
-            opaque = np.asarray(file.convert("RGBA"))[..., 3] > 0
+        mask = _turned_as(image, file) if image else file
+        values = np.atleast_3d(np.asarray(mask))
+        defect = (values[..., :-1] if mask.mode[-1] in "Aa" else values).any(-1)
+        if mask.has_transparency_data:
+            opaque = np.asarray(mask.convert("RGBA"))[..., 3] > 0
             told = opaque.all() or (defect & opaque).any()
             defect = defect & opaque if told else opaque
-    if image is not None:
-        defect = _turned_as(image, defect)
     defect = torch.from_numpy(defect.astype(np.float32))
     return nn.functional.adaptive_max_pool2d(defect[None], size)[0] > 0
 
 
-def _turned_as(image: str | Path, defect: np.ndarray) -> np.ndarray:
+def _turned_as(image: str | Path, mask: Image.Image) -> Image.Image:
     with _opened(image) as file:
         orientation = file.getexif().get(0x0112, 1)
-        if file.size != defect.shape[::-1] or orientation <= 4:
-            return defect
-    mask = Image.fromarray(defect)
-    mask.getexif()[0x0112] = orientation
-    return np.asarray(ImageOps.exif_transpose(mask))
+        if orientation > 4 and file.size == mask.size:  # a quarter turn, and the mask is raw
+            mask.getexif()[0x0112] = orientation
+    return ImageOps.exif_transpose(mask)
 
 
 @contextmanager
@@ -245,9 +238,8 @@ class FeatureExtractor(nn.Module):
             raise ValueError(f"stages give feature maps (C, H, W), not {shapes}")
         self.strides = [PROBE / shape[-1] for shape in shapes]  # of level 1, 2, …
         if levels is None:
-            last = [shape != following for shape, following in pairwise([*shapes, None])]
-            deep = [round(math.log2(stride)) >= 4 for stride in self.strides]
-            levels = [i + 1 for i in range(len(shapes)) if deep[i] and last[i]]
+            levels = [level for level, (shape, following) in enumerate(pairwise([*shapes, None]), 1)
+                      if shape != following and round(math.log2(PROBE / shape[-1])) >= 4]
         self.levels = sorted(set(map(int, levels)))
         if not self.levels or self.levels[0] < 1 or self.levels[-1] > len(shapes):
             raise ValueError(f"this network has the levels 1 to {len(shapes)}, not {levels}")
@@ -280,8 +272,7 @@ class FeatureExtractor(nn.Module):
 
 @torch.no_grad()
 def _torchvision_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Module], list, list]:
-    """The stages, batch norm folded into their convolutions (the same features, trained up to a
-    third faster), and the mean and standard deviation of the images they were trained on."""
+    """The stages, and the mean and standard deviation of the images they were trained on."""
     if backbone not in BACKBONES:
         raise ValueError(f"no backbone {backbone!r}; there are: {', '.join(BACKBONES)}")
     network = _imagenet(backbone) if weights == "imagenet" else models.get_model(backbone)
@@ -298,7 +289,7 @@ def _torchvision_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Mod
         stages = [stem, layer1, network.layer2, network.layer3, network.layer4]
     else:
         stages = list(network.features)
-    _fold_batch_norm(nn.ModuleList(stages))
+    fold_batch_norm(nn.ModuleList(stages))
     preset = models.get_model_weights(backbone)["IMAGENET1K_V1"].transforms()
     return stages, preset.mean, preset.std
 
@@ -323,24 +314,25 @@ def _load_weights(network: nn.Module, backbone: str, path: str | Path) -> None:
                     for of in (state, network.state_dict()))  # fmt: skip
     if held != needed:
         wrong = sorted(dict(held.items() ^ needed.items()))
-        held, needed = (", ".join([*names][:2]) for names in (held, needed))
         raise ValueError(f"{path} does not hold the weights of {backbone}: {len(wrong)} tensors "
-                         f"are missing, unknown or of another shape, {wrong[0]!r} for one; it "
-                         f"has {held}, …, and {needed}, … are needed")  # fmt: skip
+                         f"are missing, unknown or of another shape, such as {wrong[0]!r}; it has "
+                         f"{[*held][:2]}, …, and {[*needed][:2]}, … are needed")  # fmt: skip
     if not all(state[key].isfinite().all() for key in held):
         raise ValueError(f"the weights in {path} are not all finite numbers")
     network.load_state_dict({key: state[key] for key in held}, strict=False)
 
 
-def _fold_batch_norm(module: nn.Module) -> None:
-    """w ← w γ / σ and b ← β - μ γ / σ in place of (w * x - μ) γ / σ + β, all through a module."""
+@torch.no_grad()
+def fold_batch_norm(module: nn.Module) -> None:
+    """w ← w γ / σ and b ← β - μ γ / σ in place of (w * x - μ) γ / σ + β, all through a module in
+    evaluation mode: the same features, trained up to a third faster (*ours*)."""
     for (name, layer), (next_name, following) in pairwise(list(module.named_children())):
         if isinstance(following, nn.BatchNorm2d):
             folded = fuse_conv_bn_eval(layer, following)
             setattr(module, name, folded.requires_grad_())  # torch leaves the new bias without
             setattr(module, next_name, nn.Identity())
     for child in module.children():
-        _fold_batch_norm(child)
+        fold_batch_norm(child)
 
 
 # ---- 3. Gaussian: mean, Ledoit-Wolf covariance, Mahalanobis distance ---------------------------
@@ -379,6 +371,19 @@ class Moments:
         """The mean μ = o + sum z / n, (..., C)."""
         return self.origin + self.total / self.count
 
+    @property
+    def covariance(self) -> Tensor:
+        """The sample covariance S = sum (x - μ)(x - μ)ᵀ / n, (..., C, C), not shrunk."""
+        shift = self.total / self.count
+        return self.scatter / self.count - shift.unsqueeze(-1) * shift.unsqueeze(-2)
+
+    def effective_rank(self) -> Tensor:
+        """How many directions the samples vary in: exp(-sum p ln p), (...), with p the eigenvalues
+        of S over their sum (Roy and Vetterli 2007)."""
+        eigenvalues = torch.linalg.eigvalsh(self.covariance).clamp(min=0)
+        p = eigenvalues / eigenvalues.sum(-1, keepdim=True)
+        return torch.special.entr(p).sum(-1).exp()
+
     def ledoit_wolf(self) -> tuple[Tensor, Tensor]:
         """The shrunk covariance (..., C, C) and the shrinkage (...) in [0, 1] of the samples added.
 
@@ -393,19 +398,20 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"a covariance needs two samples at least, not {self.count}")
         n, c = self.count, self.origin.shape[-1]
-        shift = self.total / n  # y = z - shift
-        s = self.scatter / n - shift.unsqueeze(-1) * shift.unsqueeze(-2)
+        s = self.covariance
         m = s.diagonal(dim1=-2, dim2=-1).mean(-1)
         s2 = torch.linalg.vector_norm(s, dim=(-2, -1)).square() / c  # ‖S‖²
         d2 = s2 - m.square()  # ‖S - m I‖²
-        b2 = (self._quartic_about_mean(shift) / (n * c) - s2) / n
+        b2 = (self._quartic_about_mean() / (n * c) - s2) / n
         shrinkage = torch.where(d2 > 0, b2.clamp(min=0).minimum(d2) / d2, 0)
         s *= (1 - shrinkage)[..., None, None]
         s.diagonal(dim1=-2, dim2=-1).add_((shrinkage * m).unsqueeze(-1))
         return s, shrinkage
 
-    def _quartic_about_mean(self, s: Tensor) -> Tensor:
-        """sum ‖z - s‖⁴ = sum ‖z‖⁴ + 4 sᵀ (sum z zᵀ s - sum ‖z‖² z) + 2 ‖s‖² sum ‖z‖² - 3 n ‖s‖⁴."""
+    def _quartic_about_mean(self) -> Tensor:
+        """sum ‖x - μ‖⁴, which with s = sum z / n, the mean of z = x - o, is
+        sum ‖z - s‖⁴ = sum ‖z‖⁴ + 4 sᵀ (sum z zᵀ s - sum ‖z‖² z) + 2 ‖s‖² sum ‖z‖² - 3 n ‖s‖⁴."""
+        s = self.total / self.count
         along = (self.scatter @ s.unsqueeze(-1)).squeeze(-1)
         trace, s2 = self.scatter.diagonal(dim1=-2, dim2=-1).sum(-1), s.square().sum(-1)
         linear = (s * (along - self.cubic)).sum(-1)
@@ -423,7 +429,7 @@ def whitening_matrix(covariance: Tensor) -> Tensor:
     if info.any() or not factor.isfinite().all():
         raise DegenerateError("the covariance is not positive definite")
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    return torch.linalg.solve_triangular(factor, identity, upper=False)
 
 
 class Gaussian(nn.Module):
@@ -491,8 +497,11 @@ class GaussianAD(nn.Module):
         if not self.map_levels or not set(self.map_levels) <= set(extractor.levels):
             raise ValueError(f"map levels {map_levels} are not among {extractor.levels}")
         self.extractor, self.covariance = extractor, covariance
+        self._settings = {"backbone": extractor.backbone, "levels": extractor.levels,
+                          "map_levels": self.map_levels, "covariance": covariance}  # fmt: skip
         self.gaussians = nn.ModuleDict()  # "pooled l" and "map l", of each level l, once fitted
         self.image_size: list[int] | None = None  # [H, W] of the images it was fitted to
+        self.effective_rank: float | None = None  # of their pooled features, mean over levels
         self.register_buffer("held_out", torch.zeros(0, 2, dtype=torch.float64))  # see calibrate
 
     def _features(self, images: Tensor, maps: bool = True) -> dict[str, Tensor]:
@@ -504,22 +513,14 @@ class GaussianAD(nn.Module):
                 found[f"map {level}"] = features.permute(0, 2, 3, 1)
         return found
 
-    def fit(self, batches: Iterable, maps: bool = True) -> GaussianAD:
-        """Fit the Gaussians, with or without those of maps, in one pass. Returns self.
-        Batches are normal images, or (images, label) pairs. Raises ValueError for fewer than three
-        images or several sizes, DegenerateError for features not finite or that do not vary."""
-        return self._fit(batches, defaultdict(Moments), maps)
-
-    def fit_and_calibrate(self, batches: Iterable, held_out: Tensor) -> GaussianAD:
-        """Fit to normal images, `calibrate` by those held out, then fit to both: more images make
-        better Gaussians, and thresholds then err towards fewer false alarms (*ours*)."""
-        moments = defaultdict(Moments)
-        self._fit(batches, moments).calibrate(held_out.split(16))
-        return self._fit(held_out.split(16), moments)
-
     @torch.no_grad()
-    def _fit(self, batches: Iterable, moments: dict[str, Moments], maps: bool = True) -> GaussianAD:
-        """Fit to the batches and what was added to the moments before."""
+    def fit(self, batches: Iterable, maps: bool = True,
+            moments: dict[str, Moments] | None = None) -> GaussianAD:  # fmt: skip
+        """Fit the Gaussians, with or without those of maps, in one pass. Returns self.
+        Batches are normal images, or (images, label) pairs; moments, of images to be fitted as
+        well, are added to. Raises ValueError for fewer than three images or several sizes,
+        DegenerateError for features not finite or that do not vary."""
+        moments = defaultdict(Moments) if moments is None else moments
         for images in _images_of(batches):
             self.image_size = list(images.shape[-2:])
             for name, features in self._features(images, maps).items():
@@ -528,7 +529,16 @@ class GaussianAD(nn.Module):
         for name, sums in moments.items():
             floor = MAP_FLOOR if name.startswith("map") else 0.0
             self.gaussians[name] = Gaussian.fit(sums, floor, self.covariance)
+        pooled = [sums for name, sums in moments.items() if name.startswith("pooled")]
+        self.effective_rank = fmean(sums.effective_rank().item() for sums in pooled)
         return self
+
+    def fit_and_calibrate(self, batches: Iterable, held_out: Tensor) -> GaussianAD:
+        """Fit to normal images, `calibrate` by those held out, then fit to both: more images make
+        better Gaussians, and thresholds then err towards fewer false alarms (*ours*)."""
+        moments = defaultdict(Moments)
+        self.fit(batches, moments=moments).calibrate(held_out.split(16))
+        return self.fit(held_out.split(16), moments=moments)
 
     def forward(self, images: Tensor) -> Tensor:
         """The paper's score: sum_l d_l, the distances of the spatial means of the levels; (B,)
@@ -572,11 +582,7 @@ class GaussianAD(nn.Module):
         """Keep the score and the map's maximum of held-out normal images, `held_out` (N, 2), for
         `anomaly_score` and the thresholds. Returns self. Raises ValueError before fit,
         DegenerateError for fewer than two images or scores that do not vary."""
-        found = []
-        for images in _images_of(batches):
-            scores, maps = self.scores_and_maps(images)
-            found.append(torch.stack([scores, maps.amax((-2, -1)).double()], 1))
-        held_out = torch.cat(found)
+        held_out = torch.cat([_both(*self.scores_and_maps(x)) for x in _images_of(batches)])
         if not (held_out.std(0) > 0).all():
             raise DegenerateError("calibration needs two held-out images that differ, at the least")
         self.held_out = held_out
@@ -588,8 +594,8 @@ class GaussianAD(nn.Module):
         over held-out normal images (*ours*). Raises ValueError before `calibrate`."""
         if not len(self.held_out):
             raise ValueError("the detector has no held-out scores: calibrate it first")
-        both = torch.stack([scores, maps.amax((-2, -1)).double()], 1)
-        return ((both - self.held_out.mean(0)) / self.held_out.std(0)).sum(1)
+        mean, std = self.held_out.mean(0), self.held_out.std(0)
+        return ((_both(scores, maps) - mean) / std).sum(1)
 
     def threshold(self, false_alarms: float = 0.05) -> float:
         """The `anomaly_score` that a share, in (0, 1), of normal images is expected to exceed.
@@ -601,13 +607,9 @@ class GaussianAD(nn.Module):
         """The value that the maximum of this share of normal maps is expected to exceed."""
         return tail_quantile(self.held_out[:, 1], 1 - false_alarms)
 
-    def _settings(self) -> dict:
-        return {"backbone": self.extractor.backbone, "levels": self.extractor.levels,
-                "map_levels": self.map_levels, "covariance": self.covariance}  # fmt: skip
-
     def save(self, path: str | Path, **more: object) -> None:
         """Write all that `load` needs, and `more` plain content, as `save_plain` does."""
-        save_plain({"detector": self._settings(), "image_size": self.image_size,
+        save_plain({"detector": self._settings, "image_size": self.image_size,
                     "state": self.state_dict(), **more}, path)  # fmt: skip
 
     @classmethod
@@ -624,7 +626,7 @@ class GaussianAD(nn.Module):
                 with torch.device("meta"):  # no memory and no random numbers for weights to come
                     extractor = FeatureExtractor(settings["backbone"], settings["levels"], "random")
             detector = cls(extractor, settings["map_levels"], settings["covariance"])
-            if detector._settings() != settings:
+            if detector._settings != settings:
                 raise ValueError("the extractor that is given is another")
             detector.image_size, detector.held_out = content["image_size"], state["held_out"]
             for name in {key.split(".")[1] for key in state if key.startswith("gaussians.")}:
@@ -635,6 +637,10 @@ class GaussianAD(nn.Module):
             raise ValueError(f"{path} is not a detector saved by this gaussad.py, or of one's own "
                              "network that is not the extractor given") from error
         return detector.to(device)
+
+
+def _both(scores: Tensor, maps: Tensor) -> Tensor:
+    return torch.stack([scores, maps.amax((-2, -1)).double()], 1)
 
 
 def _images_of(batches: Iterable) -> Iterator[Tensor]:
@@ -794,6 +800,7 @@ def seeded(seed: int) -> Iterator[None]:
 # ---- 6. Fine-tuning ----------------------------------------------------------------------------
 
 FIRST_CHECK = 32  # steps: the first few throw the features off, and what is judged then misleads
+RANK_GROWTH = 1.1  # of the effective rank over the pre-trained one, at most, for a check to be kept
 
 
 @dataclass(frozen=True)
@@ -804,6 +811,7 @@ class Check:
     kept: bool = False  # the best so far; the detector is then fitted to all images and calibrated
     loss: float | None = None  # the mean over the steps since the check before
     validation: Validation | None = None  # None with steps=0, or after a failure
+    effective_rank: float | None = None  # of the fitted images' features: see GaussianAD
     gain: tuple[float, float] | None = None  # of s over the best before, and its standard error
     state: dict | None = None  # plain tensors and numbers, with which `fine_tune` goes on from here
     failure: str = ""  # why it ended here: features that are no longer finite
@@ -817,8 +825,9 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
     Training pulls the features to the Gaussians of the pre-trained ones, which are put back for it
     (*abstract*: the distance to the estimated Gaussian is the objective); what is judged and kept
     has Gaussians of the features as they are. A check is kept if s has gained more than two
-    standard errors over the best one kept before; after `patience` checks that were not, it ends.
-    That, and Adam on all parameters at a constant rate, is ours.
+    standard errors over the best one kept before, and the effective rank of the features has not
+    grown by a tenth over the pre-trained one: forgetting spreads the normal images out. After
+    `patience` checks that were not kept it ends. That, and plain Adam on all parameters, is ours.
 
     batches     images, or (images, label) pairs, that can be iterated again, such as a list or a
                 DataLoader. Torch's default generator is seeded before, so that it shuffles alike
@@ -836,6 +845,7 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
     optimizer = torch.optim.Adam(detector.parameters(), lr=lr)
     with seeded(seed):
         pretrained = detector.fit(batches, maps=False).gaussians
+    rank_limit = RANK_GROWTH * detector.effective_rank
     done, since, best = -1, 0, None
     if state is not None:
         done, since, best = state["step"], state["since"], Validation(**state["best"])
@@ -843,27 +853,27 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
         optimizer.load_state_dict(state["optimizer"])
     checks = [0, *(FIRST_CHECK << k for k in range(40) if FIRST_CHECK << k < steps), steps]
     for step in (step for step in checks if step > done):
+        if since == patience:
+            return
         detector.gaussians = pretrained
         try:
             with seeded(seed + step):
                 loss = _train_and_refit(detector, optimizer, batches, step - max(done, 0))
-            found = validator(detector)
+            found, rank = validator(detector), detector.effective_rank
         except DegenerateError as error:
             if step == 0:
                 raise
             yield Check(step, failure=f"{error}: try a smaller learning rate")
             return
         gain = found.gain_over(best) if best else None
-        kept = gain is None or gain[0] > 2 * gain[1]
+        kept = gain is None or (gain[0] > 2 * gain[1] and rank <= rank_limit)
         done, since, best = step, 0 if kept else since + 1, found if kept else best
         if kept:
             with seeded(seed + step):
                 detector.fit_and_calibrate(batches, held_out)
         state = {"step": step, "since": since, "best": vars(best),
                  "network": detector.extractor.state_dict(), "optimizer": optimizer.state_dict()}
-        yield Check(step, kept, loss, found, gain, deepcopy(state))
-        if since == patience:
-            return
+        yield Check(step, kept, loss, found, rank, gain, deepcopy(state))
 
 
 def _train_and_refit(detector: GaussianAD, optimizer: torch.optim.Optimizer, batches: Iterable,
