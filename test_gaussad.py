@@ -112,6 +112,9 @@ def test_moments_of_several_gaussians_do_not_depend_on_the_batches(offset):
         for part in order:
             moments.add(part)
         assert relative(moments.mean, x.mean(1) + offset) < 1e-12
+        eigenvalues = np.array([np.linalg.eigvalsh(np.cov(part.T)) for part in x])
+        p = eigenvalues / eigenvalues.sum(1, keepdims=True)
+        assert relative(moments.effective_rank(), np.exp(-(p * np.log(p)).sum(1))) < 1e-6
         assert relative(moments.ledoit_wolf()[0], covariance) < 1e-9
         assert relative(moments.ledoit_wolf()[1], shrinkage) < 1e-9
         distance = Gaussian.fit(moments).distance(samples.movedim(1, 0))
@@ -515,6 +518,17 @@ def test_kept_detector_is_fitted_to_all_and_calibrated_and_others_have_no_maps(t
     assert checks == [(0, True), (2, False), (4, True), (8, False), (16, False)]
 
 
+def test_growing_effective_rank_forbids_a_check(task, monkeypatch):
+    monkeypatch.setattr(gaussad.Validation, "gain_over", lambda self, other: (3.0, 1.0))
+    ranks, kept = iter([10.9, 11.1, 9.0]), []
+    monkeypatch.setattr(Moments, "effective_rank", lambda self: torch.tensor(10.0))
+    for check in gaussad.fine_tune(*task, steps=8, lr=0):
+        kept.append((round(check.effective_rank, 1), check.kept))
+        rank = torch.tensor(next(ranks, 0.0))
+        monkeypatch.setattr(Moments, "effective_rank", lambda self: rank)
+    assert kept == [(10.0, True), (10.9, True), (11.1, False), (9.0, True)]
+
+
 def test_any_check_is_gone_on_from_to_the_same_bits(task):
     detector, loader, held_out = task
     given, start = {"steps": 5, "lr": 1e-3, "patience": 9, "seed": 5}, deepcopy(detector)
@@ -709,7 +723,8 @@ def test_samples_and_their_masks_are_found_by_the_conventions(tmp_path):
     assert [s.defect for s in gaussad.list_samples(tmp_path, "part", "train")] == ["good"]
     with pytest.warns(UserWarning) as told:
         found = gaussad.list_samples(tmp_path, "part", "test")
-    assert re.search("passed over, being no images: 1.*ok counts as a defect", str([*map(str, told)]))
+    told = str([*map(str, told)])
+    assert re.search("passed over, being no images: 1.*ok counts as a defect", told)
     assert [sample.defect for sample in found] == ["good"] + 7 * ["cut"] + ["ok"]
     for sample, (image, mask) in zip(found[1:], names.items()):
         assert sample.path == part / "test/cut" / image and (sample.mask is None) == (mask is None)

@@ -183,7 +183,7 @@ def fine_tune_and_save(detector: GaussianAD, batches: DataLoader, held_out: Tens
             save(args.out, training, detector if check.kept else None)
     training |= {"finished": True, "state": None}
     save(args.out, training)
-    print(f"The best so far, of step {best_step(training)}, is kept in {args.out / 'detector.pt'}")
+    print(f"The best of them is in {args.out / 'detector.pt'}")
 
 
 def record(check: Check, seconds: float) -> dict:
@@ -200,11 +200,8 @@ def table_row(check: dict) -> str:
     values = ("-" if check[key] is None else f"{check[key]:.3f}" for key in COLUMNS)
     numbers = "".join(f"{value:>10}" for value in values)
     aurocs = "".join(f"  {name} {100 * value:.1f}" for name, value in check["auroc"].items())
-    return f"{check['step']:6d}{numbers}{aurocs}  {check['failure'] or 'best so far' * check['kept']}"
-
-
-def best_step(training: dict) -> int:
-    return max(check["step"] for check in training["checks"] if check["kept"])
+    word = check["failure"] or "best so far" * check["kept"]
+    return f"{check['step']:6d}{numbers}{aurocs}  {word}"
 
 
 def save(out: Path, training: dict, detector: GaussianAD | None = None) -> None:
@@ -214,7 +211,8 @@ def save(out: Path, training: dict, detector: GaussianAD | None = None) -> None:
         detector.save(path, training=training)
     else:
         save_plain(load_plain(path) | {"training": training}, path)
-    history = {**training, "best_step": best_step(training), "state": None}
+    kept = [check["step"] for check in training["checks"] if check["kept"]]
+    history = {**training, "best_step": kept[-1], "state": None}
     with atomic_path(out / "history.json") as part:
         part.write_text(json.dumps(history, indent=2) + "\n")
 
@@ -263,8 +261,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from the last check", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # the same command goes on from the last check
     except Exception as error:
         print(f"train.py: error: {error_line(error)}", file=sys.stderr)
         sys.exit(2)
