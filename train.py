@@ -201,7 +201,7 @@ def table_row(check: dict) -> str:
     numbers = "".join(f"{value:>10}" for value in values)
     aurocs = "".join(f"  {name} {100 * value:.1f}" for name, value in check["auroc"].items())
     word = check["failure"] or "best so far" * check["kept"]
-    return f"{check['step']:6d}{numbers}{aurocs}  {word}"
+    return f"{check['step']:6d}{numbers}{aurocs}  {word}".rstrip()
 
 
 def save(out: Path, training: dict, detector: GaussianAD | None = None) -> None:
