@@ -391,7 +391,7 @@ class Moments:
         matrices", section 3.2 (*earlier code*); with y = x - μ and ‖A‖² = tr(A Aᵀ) / C
 
             S = sum y yᵀ / n,  m = tr(S) / C,  d² = ‖S - m I‖²
-            b² = min(d², sum ‖y yᵀ - S‖² / n²)
+            b² = min(d², sum ‖y yᵀ - S‖² / n²),  sum ‖y yᵀ - S‖² = sum ‖y‖⁴ / C - n ‖S‖²
             covariance = (b²/d²) m I + (1 - b²/d²) S
 
         Raises ValueError for fewer than two samples."""
@@ -827,7 +827,8 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
     has Gaussians of the features as they are. A check is kept if s has gained more than two
     standard errors over the best one kept before, and the effective rank of the features has not
     grown by a tenth over the pre-trained one: forgetting spreads the normal images out. After
-    `patience` checks that were not kept it ends. That, and plain Adam on all parameters, is ours.
+    `patience` checks in a row that were not, it ends. That, and Adam on all parameters, is ours.
+    The detector is the best one only where a check is kept: save it there.
 
     batches     images, or (images, label) pairs, that can be iterated again, such as a list or a
                 DataLoader. Torch's default generator is seeded before, so that it shuffles alike

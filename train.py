@@ -101,8 +101,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if bool(args.data) != bool(args.category) or args.normal and not args.out:
         parser.error("--data goes with --category, and --normal with --out")
-    if args.steps < 0 or args.patience < 1 or not 0 <= args.lr < float("inf"):
-        parser.error("--steps and --lr are 0 or more, --patience 1 or more, and all are finite")
+    if args.steps < 0 or not 0 <= args.lr < float("inf") or not 0 <= args.seed < 2**63:
+        parser.error("--steps, --lr and --seed are 0 or more, and all are finite")
+    if min(args.patience, args.image_size, args.batch_size, args.workers) < 1:
+        parser.error("--patience, --image-size, --batch-size and --workers are 1 or more")
     return args
 
 
