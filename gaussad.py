@@ -239,7 +239,7 @@ class FeatureExtractor(nn.Module):
         self.strides = [PROBE / shape[-1] for shape in shapes]  # of level 1, 2, …
         if levels is None:
             levels = [level for level, (shape, following) in enumerate(pairwise([*shapes, None]), 1)
-                      if shape != following and round(math.log2(PROBE / shape[-1])) >= 4]
+                      if shape != following and round(math.log2(self.strides[level - 1])) >= 4]
         self.levels = sorted(set(map(int, levels)))
         if not self.levels or self.levels[0] < 1 or self.levels[-1] > len(shapes):
             raise ValueError(f"this network has the levels 1 to {len(shapes)}, not {levels}")
@@ -497,11 +497,8 @@ class GaussianAD(nn.Module):
         if not self.map_levels or not set(self.map_levels) <= set(extractor.levels):
             raise ValueError(f"map levels {map_levels} are not among {extractor.levels}")
         self.extractor, self.covariance = extractor, covariance
-        self._settings = {"backbone": extractor.backbone, "levels": extractor.levels,
-                          "map_levels": self.map_levels, "covariance": covariance}  # fmt: skip
         self.gaussians = nn.ModuleDict()  # "pooled l" and "map l", of each level l, once fitted
         self.image_size: list[int] | None = None  # [H, W] of the images it was fitted to
-        self.effective_rank: float | None = None  # of their pooled features, mean over levels
         self.register_buffer("held_out", torch.zeros(0, 2, dtype=torch.float64))  # see calibrate
 
     def _features(self, images: Tensor, maps: bool = True) -> dict[str, Tensor]:
@@ -529,8 +526,6 @@ class GaussianAD(nn.Module):
         for name, sums in moments.items():
             floor = MAP_FLOOR if name.startswith("map") else 0.0
             self.gaussians[name] = Gaussian.fit(sums, floor, self.covariance)
-        pooled = [sums for name, sums in moments.items() if name.startswith("pooled")]
-        self.effective_rank = fmean(sums.effective_rank().item() for sums in pooled)
         return self
 
     def fit_and_calibrate(self, batches: Iterable, held_out: Tensor) -> GaussianAD:
@@ -607,9 +602,13 @@ class GaussianAD(nn.Module):
         """The value that the maximum of this share of normal maps is expected to exceed."""
         return tail_quantile(self.held_out[:, 1], 1 - false_alarms)
 
+    def _settings(self) -> dict:
+        return {"backbone": self.extractor.backbone, "levels": self.extractor.levels,
+                "map_levels": self.map_levels, "covariance": self.covariance}  # fmt: skip
+
     def save(self, path: str | Path, **more: object) -> None:
         """Write all that `load` needs, and `more` plain content, as `save_plain` does."""
-        save_plain({"detector": self._settings, "image_size": self.image_size,
+        save_plain({"detector": self._settings(), "image_size": self.image_size,
                     "state": self.state_dict(), **more}, path)  # fmt: skip
 
     @classmethod
@@ -626,7 +625,7 @@ class GaussianAD(nn.Module):
                 with torch.device("meta"):  # no memory and no random numbers for weights to come
                     extractor = FeatureExtractor(settings["backbone"], settings["levels"], "random")
             detector = cls(extractor, settings["map_levels"], settings["covariance"])
-            if detector._settings != settings:
+            if detector._settings() != settings:
                 raise ValueError("the extractor that is given is another")
             detector.image_size, detector.held_out = content["image_size"], state["held_out"]
             for name in {key.split(".")[1] for key in state if key.startswith("gaussians.")}:
@@ -811,7 +810,7 @@ class Check:
     kept: bool = False  # the best so far; the detector is then fitted to all images and calibrated
     loss: float | None = None  # the mean over the steps since the check before
     validation: Validation | None = None  # None with steps=0, or after a failure
-    effective_rank: float | None = None  # of the fitted images' features: see GaussianAD
+    effective_rank: float | None = None  # of the pooled features fitted to, mean over levels
     gain: tuple[float, float] | None = None  # of s over the best before, and its standard error
     state: dict | None = None  # plain tensors and numbers, with which `fine_tune` goes on from here
     failure: str = ""  # why it ended here: features that are no longer finite
@@ -845,9 +844,9 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
     validator = AugmentationValidator(held_out, seed, augmentations=augmentations)
     optimizer = torch.optim.Adam(detector.parameters(), lr=lr)
     with seeded(seed):
-        pretrained = detector.fit(batches, maps=False).gaussians
-    rank_limit = RANK_GROWTH * detector.effective_rank
-    done, since, best = -1, 0, None
+        rank = _refit(detector, batches)
+    pretrained, rank_limit = detector.gaussians, RANK_GROWTH * rank
+    done, since, best, loss = -1, 0, None, None
     if state is not None:
         done, since, best = state["step"], state["since"], Validation(**state["best"])
         detector.extractor.load_state_dict(state["network"])
@@ -856,11 +855,11 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
     for step in (step for step in checks if step > done):
         if since == patience:
             return
-        detector.gaussians = pretrained
         try:
             with seeded(seed + step):
-                loss = _train_and_refit(detector, optimizer, batches, step - max(done, 0))
-            found, rank = validator(detector), detector.effective_rank
+                if step > 0:
+                    loss, rank = _train(detector, pretrained, optimizer, batches, step - done)
+            found = validator(detector)
         except DegenerateError as error:
             if step == 0:
                 raise
@@ -877,12 +876,10 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
         yield Check(step, kept, loss, found, rank, gain, deepcopy(state))
 
 
-def _train_and_refit(detector: GaussianAD, optimizer: torch.optim.Optimizer, batches: Iterable,
-                     steps: int) -> float | None:  # fmt: skip
-    """Take some steps, if any, then fit the Gaussians anew; the mean of the steps' losses."""
-    if steps == 0:
-        return None
-    losses = []
+def _train(detector: GaussianAD, gaussians: nn.ModuleDict, optimizer: torch.optim.Optimizer,
+           batches: Iterable, steps: int) -> tuple[float, float]:  # fmt: skip
+    """Take some steps towards the Gaussians given, then `_refit`: the mean loss, and the rank."""
+    detector.gaussians, losses = gaussians, []
     endless = (images for _ in count() for images in _images_of(batches))
     for images in islice(endless, steps):
         optimizer.zero_grad()
@@ -890,8 +887,14 @@ def _train_and_refit(detector: GaussianAD, optimizer: torch.optim.Optimizer, bat
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    detector.fit(batches, maps=False)
-    return fmean(losses)
+    return fmean(losses), _refit(detector, batches)
+
+
+def _refit(detector: GaussianAD, batches: Iterable) -> float:
+    """Fit the Gaussians of the pooled features; their effective rank, the mean over levels."""
+    moments = defaultdict(Moments)
+    detector.fit(batches, maps=False, moments=moments)
+    return fmean(sums.effective_rank().item() for sums in moments.values())
 
 
 # ---- 7. Metrics --------------------------------------------------------------------------------
