@@ -479,7 +479,7 @@ class GaussianAD(nn.Module):
     """A feature extractor, one Gaussian per level, and for the anomaly map one per location.
 
     map_levels      levels that make the anomaly map; by default those of stride 16, or nearest to
-                    it (*ours*). The Gaussians of a level take 8 h w C² bytes
+                    it (*ours*). The Gaussians take 8 h w C² bytes, with C channels in all of them
     covariance      "full", "diagonal" or "identity": see `Gaussian.fit`
 
     Images are what FeatureExtractor takes, all of one size. Raises ValueError for other arguments.
@@ -497,17 +497,20 @@ class GaussianAD(nn.Module):
         if not self.map_levels or not set(self.map_levels) <= set(extractor.levels):
             raise ValueError(f"map levels {map_levels} are not among {extractor.levels}")
         self.extractor, self.covariance = extractor, covariance
-        self.gaussians = nn.ModuleDict()  # "pooled l" and "map l", of each level l, once fitted
+        self.gaussians = nn.ModuleDict()  # "pooled l" of each level l, and "map", once fitted
         self.image_size: list[int] | None = None  # [H, W] of the images it was fitted to
         self.register_buffer("held_out", torch.zeros(0, 2, dtype=torch.float64))  # see calibrate
 
     def _features(self, images: Tensor, maps: bool = True) -> dict[str, Tensor]:
-        """What each Gaussian is of: "pooled l" the spatial mean (B, C), "map l" (B, h, w, C)."""
-        found = {}
-        for level, features in zip(self.extractor.levels, self.extractor(images)):
-            found[f"pooled {level}"] = features.mean((-2, -1))
-            if maps and level in self.map_levels:
-                found[f"map {level}"] = features.permute(0, 2, 3, 1)
+        """What each Gaussian is of: "pooled l" the spatial mean of a level, (B, C_l), and "map" all
+        map levels at each location of the first of them, (B, h, w, C)."""
+        levels = dict(zip(self.extractor.levels, self.extractor(images)))
+        found = {f"pooled {level}": features.mean((-2, -1)) for level, features in levels.items()}
+        if maps:
+            chosen = [levels[level] for level in self.map_levels]
+            resized = [nn.functional.interpolate(x, chosen[0].shape[-2:], mode="bilinear")
+                       for x in chosen]  # fmt: skip
+            found["map"] = torch.cat(resized, 1).permute(0, 2, 3, 1)
         return found
 
     @torch.no_grad()
@@ -524,7 +527,7 @@ class GaussianAD(nn.Module):
                 moments[name].add(features.movedim(0, -2))
         self.gaussians = nn.ModuleDict()
         for name, sums in moments.items():
-            floor = MAP_FLOOR if name.startswith("map") else 0.0
+            floor = MAP_FLOOR if name == "map" else 0.0
             self.gaussians[name] = Gaussian.fit(sums, floor, self.covariance)
         return self
 
@@ -550,18 +553,13 @@ class GaussianAD(nn.Module):
 
     def scores_and_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The paper's score (B,) float64, as `forward`, and the anomaly map (B, H, W) float32.
-        A map is the distance at each location of a map level to the Gaussian of that location,
-        bilinearly resized to the image and summed over the map levels (*ours*; a Gaussian per
-        location is PaDiM's, Defard et al. 2020). Raises ValueError as `forward`, or without maps.
-        """
-        distances, scores, maps = self._distances(images, maps=True), 0, 0
-        for name, distance in distances.items():
-            if name.startswith("pooled"):
-                scores = scores + distance
-            else:
-                distance = distance.float().unsqueeze(1)
-                maps = maps + nn.functional.interpolate(distance, self.image_size, mode="bilinear")
-        return scores, maps.squeeze(1)
+        A map is the distance of the map levels' features, joined at each location, to the Gaussian
+        of that location (PaDiM's, Defard et al. 2020), bilinearly resized to the image (*ours*).
+        Raises ValueError as `forward`, or without maps."""
+        distances = self._distances(images, maps=True)
+        maps = distances.pop("map").float().unsqueeze(1)
+        maps = nn.functional.interpolate(maps, self.image_size, mode="bilinear").squeeze(1)
+        return sum(distances.values()), maps
 
     def _distances(self, images: Tensor, maps: bool) -> dict[str, Tensor]:
         if self.image_size != list(images.shape[-2:]):

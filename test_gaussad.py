@@ -301,20 +301,21 @@ def fitted():
 
 
 @torch.no_grad()
-def test_score_and_map_sum_the_distances_of_pooled_features_and_of_each_location(fitted):
-    images, score, heat = fitted[1], 0, 0
+def test_score_sums_the_levels_and_map_joins_them_at_each_location(fitted):
+    images, score, joined = fitted[1], 0, []
     assert fitted[0].map_levels == [9]  # of stride 16
     detector = GaussianAD(fitted[0].extractor, [4, 9]).fit(images.split(7))
     for level, features in zip([2, 4, 9], detector.extractor(images), strict=True):
-        x = features.double().permute(2, 3, 0, 1).numpy()
-        pooled = x.mean((0, 1))
+        pooled = features.double().numpy().mean((2, 3))
         score += naive_distance(pooled, naive_ledoit_wolf(pooled)[0])
-        if level in detector.map_levels:
-            covariance = np.array([[naive_ledoit_wolf(at)[0] for at in row] for row in x])
-            floor = gaussad.MAP_FLOOR * np.diagonal(covariance, axis1=2, axis2=3).mean()
-            distance = naive_distance(x, covariance + floor * np.eye(x.shape[-1]))
-            distance = torch.tensor(distance).permute(2, 0, 1)[:, None]
-            heat += torch.nn.functional.interpolate(distance, (64, 64), mode="bilinear")[:, 0]
+        if level in detector.map_levels:  # of 8 and 2 locations a side
+            joined.append(torch.nn.functional.interpolate(features, (8, 8), mode="bilinear"))
+    x = torch.cat(joined, 1).double().permute(2, 3, 0, 1).numpy()
+    covariance = np.array([[naive_ledoit_wolf(at)[0] for at in row] for row in x])
+    floor = gaussad.MAP_FLOOR * np.diagonal(covariance, axis1=2, axis2=3).mean()
+    distance = naive_distance(x, covariance + floor * np.eye(x.shape[-1]))
+    distance = torch.tensor(distance).permute(2, 0, 1)[:, None]
+    heat = torch.nn.functional.interpolate(distance, (64, 64), mode="bilinear")[:, 0]
     scores, maps = detector.scores_and_maps(images)
     assert relative(scores, score) < 1e-4  # features are float32
     assert relative(maps, heat) < 1e-3
