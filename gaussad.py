@@ -452,13 +452,14 @@ class Gaussian(nn.Module):
         if moments.count < 3:
             raise ValueError(f"a Gaussian needs three samples at least, not {moments.count}")
         sigma, _ = moments.ledoit_wolf()
-        diagonal = sigma.diagonal(dim1=-2, dim2=-1)
-        diagonal += floor * diagonal.mean()
-        rounding = torch.finfo(torch.float32).eps ** 2 * moments.mean.square().mean(-1)
-        if (diagonal.mean(-1) <= rounding).any():
+        variances = sigma.diagonal(dim1=-2, dim2=-1)  # a view: sigma changes with it
+        variances += floor * variances.mean()
+        rounding = torch.finfo(torch.float32).eps * moments.mean  # of the features
+        if (variances.mean(-1) <= rounding.square().mean(-1)).any():
             raise DegenerateError("the features do not vary, as if all images were the same")
         if covariance != "full":
-            sigma = torch.diag_embed(diagonal if covariance == "diagonal" else diagonal**0)
+            ones = torch.ones_like(variances)
+            sigma = torch.diag_embed(variances if covariance == "diagonal" else ones)
         return cls(moments.mean, whitening_matrix(sigma))
 
     def distance(self, features: Tensor) -> Tensor:
@@ -657,7 +658,8 @@ def _images_of(batches: Iterable) -> Iterator[Tensor]:
 def tail_quantile(scores: Tensor, quantile: float) -> float:
     """The value that a share `quantile`, in (0, 1), of future scores stays below; scores (N,).
     Few scores do not reach far into the tail: where fewer than min(k, 10) lie past the quantile, k
-    being a fifth of them, the excess over the next score u is taken as exponential (*ours*):
+    being a fifth of them, their excesses over the next score u are taken as exponential (*ours*).
+    A further one is then above y times their sum with probability (1 + y)^-k, so that
 
         t = u + (sum of the excesses) ((k / (N (1 - quantile)))^(1/k) - 1)
 
@@ -741,9 +743,9 @@ class AugmentationValidator:
 
         s = mean of r / σ,  r = log d(x̃) - log d(x),  σ the standard deviation of log d(x)
 
-    with d the score, log d(x̃) the mean over augmentations and draws. For log-normal scores the
-    AUROC between the two is Φ(s/√2), but s does not saturate. Its standard error comes from the
-    influence of each image; with l = log d(x), s is the mean over i of
+    with d the score, log d(x̃) the mean over augmentations and draws. For log-normal scores of equal
+    σ the AUROC between the two is Φ(s/√2), but s does not saturate. Its standard error comes from
+    the influence of each image; with l = log d(x), s is the mean over i of
 
         s_i = r_i / σ - r̄ ((l_i - l̄)² / σ² - 1) / (2 σ)
 

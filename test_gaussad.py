@@ -911,16 +911,17 @@ def test_run_that_is_killed_goes_on_to_the_same_bits(trained, demo, cli, tmp_pat
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+    before = gaussad.load_plain(tmp_path / "detector.pt")["training"]["checks"]
     code, output, error = cli("evaluate.py", *demo, "--out", tmp_path)
     assert code == 0 and "is not finished" in output, error
     with (tmp_path / ".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert_one_line(cli("train.py", *given), "another train.py is at work in")
-    (tmp_path / ".detector.pt.part").touch()  # of a kill at another moment
     code, output, _ = cli("train.py", *given)
-    assert code == 0 and re.findall(r"(?m)^ +(\d+) ", output) == ["3"]
+    assert code == 0 and re.findall(r"(?m)^ +(\d+) ", output) == ["0", "2", "3"]
     a, b = (gaussad.load_plain(path / "detector.pt") for path in (trained / "runs/demo", tmp_path))
     assert all(torch.equal(a["state"][key], b["state"][key]) for key in a["state"])
+    assert b["training"]["checks"][: len(before)] == before  # their seconds, too
     for check in a["training"]["checks"] + b["training"]["checks"]:
         del check["seconds"]
     assert a["training"] == b["training"]
@@ -929,15 +930,20 @@ def test_run_that_is_killed_goes_on_to_the_same_bits(trained, demo, cli, tmp_pat
 def test_finished_run_is_left_alone_and_every_other_setting_is_another_run(demo, cli, tmp_path):
     torch.save(models.get_model(BACKBONE).state_dict(), tmp_path / "a.pth")
     shutil.copy(tmp_path / "a.pth", tmp_path / "b.pth")  # by another name it is the same run
+    shutil.copytree(Path(demo[1], "demo/train"), tmp_path / "demo/train")
+    given = ["--data", tmp_path, "--category", "demo", *TINY, "--steps", 0, "--out", tmp_path]
     for more, finished in ((["--device", "cpu"], False), (["--device", "auto"], True),
                            (["--force"], False), (["--weights", tmp_path / "a.pth"], False),
                            (["--weights", tmp_path / "b.pth"], True), (["--seed", 1], False),
                            (["--steps", 2, "--lr", 1e30], False)):  # fmt: skip
-        code, output, error = cli("train.py", *demo, *TINY, "--steps", 0, "--out", tmp_path, *more)
+        code, output, error = cli("train.py", *given, *more)
         assert code == 0 and ("is finished" in output) == finished, error
     assert "smaller learning rate" in output  # the last has failed after its step 0
     history = read_json(tmp_path / "history.json")
     assert history["finished"] and history["best_step"] == 0
+    cli("train.py", *given)
+    draw(tmp_path / "demo/train/good/000.png", 9)  # another photo in place of one
+    assert "is finished" not in cli("train.py", *given)[1]
 
 
 def test_several_categories_shared_by_torchrun_are_tabulated_though_one_fails(demo, cli, tmp_path):
@@ -1051,10 +1057,8 @@ def test_full_disk_keeps_what_was_there(trained, demo, cli, tmp_path):
 
 # ---- The real thing ------------------------------------------------------------------------------
 
-real = pytest.mark.skipif(
-    not {"GAUSSAD_DATA", "GAUSSAD_WEIGHTS"} <= os.environ.keys(),
-    reason="GAUSSAD_DATA and GAUSSAD_WEIGHTS name no data and weights",
-)
+real = pytest.mark.skipif(not {"GAUSSAD_DATA", "GAUSSAD_WEIGHTS"} <= os.environ.keys(),
+                          reason="they name no data and weights")  # fmt: skip
 
 
 @real

@@ -123,7 +123,7 @@ def train(args: Namespace, device: torch.device) -> None:
     """Train one detector, or go on with it; a mistake of the user's leaves no folder behind."""
     paths = ([sample.path for sample in list_samples(args.data, args.category, "train")]
              if args.data else list_images([args.normal]))  # fmt: skip
-    training = earlier_training(args, len(paths))
+    training = earlier_training(args, paths)
     if training["finished"]:
         print(f"{args.out} is finished; --force trains it anew")
         return
@@ -138,11 +138,12 @@ def train(args: Namespace, device: torch.device) -> None:
         fine_tune_and_save(detector, batches, held_out, args, training)
 
 
-def earlier_training(args: Namespace, images: int) -> dict:
+def earlier_training(args: Namespace, images: Sequence[Path]) -> dict:
     """What training with the same settings has come to in the run's folder; else its beginning."""
     settings = {key: str(value.resolve()) if isinstance(value, Path) else value
                 for key, value in vars(args).items() if key not in ELSEWHERE}  # fmt: skip
-    settings["images"] = images
+    listed = [(path.name, path.stat().st_size) for path in images]
+    settings["images"] = hashlib.sha256(repr(listed).encode()).hexdigest()
     if Path(args.weights).is_file():  # known by its content
         settings["weights"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
     path = args.out / "detector.pt"
@@ -174,6 +175,7 @@ def fine_tune_and_save(detector: GaussianAD, batches: DataLoader, held_out: Tens
                        args: Namespace, training: dict) -> None:  # fmt: skip
     """Fine-tune; the best detector so far is on disk after each check, with the way on from it."""
     print("  step" + "".join(f"{title:>10}" for title in COLUMNS.values()) + "  AUROC in %")
+    print(*map(table_row, training["checks"]), sep="\n", end="\n" * bool(training["checks"]))
     augmentations = {name: AUGMENTATIONS[name] for name in args.augmentations}
     start = time.perf_counter()
     for check in fine_tune(detector, batches, held_out, args.steps, args.lr, args.patience,
