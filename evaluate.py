@@ -8,8 +8,7 @@
 
 Reads runs/<category>/detector.pt; writes metrics.json, scores.csv, report.html and if asked for a
 folder of pictures beside it, and of several categories runs/results.json and results.csv. Of your
-own --images, scores and pictures go to runs/<category>/scored.
-"""
+own --images, scores and pictures go to runs/<category>/scored."""
 
 from __future__ import annotations
 
@@ -120,7 +119,7 @@ class Scored(NamedTuple):
 @torch.inference_mode()
 def score(detector: GaussianAD, samples: list[Sample], args: Namespace) -> Iterator[Scored]:
     """The images that can be read, in order."""
-    size, threshold = detector.image_size[0], detector.threshold(args.false_alarms)
+    threshold, size = detector.threshold(args.false_alarms), detector.image_size[0]
     limits = [detector.map_threshold(rate) for rate in (0.5, args.false_alarms, 0.01)]
     read = lambda sample: load(sample, size, strict=args.data is not None)
     with ThreadPoolExecutor(args.workers) as pool:
@@ -163,6 +162,8 @@ def score_all(out: Path, detector: GaussianAD, samples: list, args: Namespace) -
             with atomic_path(out / f"pictures/{name}.png") as part:
                 picture(x).save(part, "PNG")
         images.append(x if args.data else x._replace(image=None, mask=None, map=None))
+    if not images:
+        raise ValueError("none of these images can be read")
     write_csv(out / "scores.csv", rows)
     return images
 
@@ -301,8 +302,7 @@ def report(title: str, figures: str, metrics: dict, checks: list, images: list[S
     thresholds = [("expected", "threshold", "false alarms", "misses", "F1")]
     thresholds += [(rate, *found.values()) for rate, found in metrics["at_false_alarms"].items()]
     keys = ("step", "loss", "separation", "gain", "standard_error", "effective_rank")
-    steps = [("step", "loss", "s", "gain", "error", "effective rank")]
-    steps += [[check.get(key) for key in keys] for check in checks]
+    steps = [keys, *([check.get(key) for key in keys] for check in checks)]
     ranked = sorted(images, key=lambda x: -x.anomaly_score)
     near = sorted(ranked, key=lambda x: abs(x.anomaly_score - metrics["threshold"]))
     kinds = {"Worst misses": [x for x in ranked[::-1] if x.anomalous and x.verdict == "normal"],

@@ -113,26 +113,28 @@ def hold_out(samples: Sequence, seed: int = 0) -> tuple[list, list]:
     16 at least, or half where that is less (*ours*). Raises ValueError for fewer than six."""
     n = len(samples)
     if n < 6:
-        raise ValueError(f"{n} different normal images are too few: 6 are needed at the least")
+        raise ValueError(f"too few different normal images: {n}, and 6 are needed at the least")
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     first = min(max(math.ceil(n / 5), 16), n // 2)
     return [samples[i] for i in shuffled[first:]], [samples[i] for i in shuffled[:first]]
 
 
 def without_copies(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W) without those equal to an earlier one, of which it warns: a copy of a
-    fitted image, held out, would seem more normal than any other."""
-    first = {hash(image.numpy().tobytes()): i for i, image in reversed(list(enumerate(images)))}
+    """Images (N, 3, H, W) without those equal to an earlier one, of which it warns: a
+    held-out copy of a fitted image would seem more normal than any other."""
+    first = {}
+    for i, image in enumerate(images):
+        first.setdefault(hash(image.numpy().tobytes()), i)
     if copies := len(images) - len(first):
         warnings.warn(f"{copies} of {len(images)} normal images are copies, and are left out")
-    return images[sorted(first.values())]
+    return images[list(first.values())]
 
 
 def load_image(path: str | Path, size: int) -> Tensor:
     """Read an image as RGB, upright, resized whole to a square (*earlier code*): (3, size, size)
     uint8. What is not opaque is drawn over black. Raises ValueError, naming the file."""
     with _opened(path) as file:
-        deep = file.mode.startswith("I") or ";16" in str(file.tile)
+        deep = file.mode.startswith("I") or ";16" in str(file.tile)  # 16 bits, as is or in RGB
         inverted = getattr(file, "tag_v2", {}).get(262) == 0  # TIFF's white-is-zero
         image = ImageOps.exif_transpose(file)
         if image.mode[0] in "IF":  # Pillow's own conversion would clip
@@ -210,7 +212,7 @@ class FeatureExtractor(nn.Module):
                 on ImageNet); or one's own network, as stages that are each fed by the one before
     levels      counted from 1: the children of torchvision's `features`, a ResNet's stem and four
                 stages, or one's own stages. By default those of stride 16 and more, of equal shapes
-                in a row the last (*ours*: earlier ones see light and pose; *earlier code*: all)
+                the last in a row (*ours*: earlier ones see light and pose; *earlier code*: all)
     weights     "imagenet": IMAGENET1K_V1, downloaded on first use; "random"; or the path of a state
                 dict, which may lack the classifier. One's own network brings its weights
     mean, std   per channel, of the images in [0, 1] that one's own network was trained on
@@ -244,7 +246,7 @@ class FeatureExtractor(nn.Module):
         if not self.levels or self.levels[0] < 1 or self.levels[-1] > len(shapes):
             raise ValueError(f"this network has the levels 1 to {len(shapes)}, not {levels}")
         self.stages = self.stages[: self.levels[-1]]
-        self.to(memory_format=torch.channels_last)  # same numbers, 1.6 times faster on a CPU
+        self.to(memory_format=torch.channels_last)  # 1.6 times faster on a CPU
 
     def train(self, mode: bool = True) -> FeatureExtractor:
         """Stay in evaluation mode, whatever `mode` a parent module is put in."""
@@ -324,10 +326,11 @@ def _load_weights(network: nn.Module, backbone: str, path: str | Path) -> None:
 
 @torch.no_grad()
 def fold_batch_norm(module: nn.Module) -> None:
-    """w ← w γ / σ and b ← β - μ γ / σ in place of (w * x - μ) γ / σ + β, all through a module in
-    evaluation mode: the same features, trained up to a third faster (*ours*)."""
+    """Fold each batch norm into the convolution just before it, w ← w γ / σ, b ← (b - μ) γ / σ + β:
+    the same features, trained up to a third faster (*ours*). For a module in evaluation mode whose
+    children run in their order."""
     for (name, layer), (next_name, following) in pairwise(list(module.named_children())):
-        if isinstance(following, nn.BatchNorm2d):
+        if isinstance(layer, nn.Conv2d) and type(following) is nn.BatchNorm2d:
             folded = fuse_conv_bn_eval(layer, following)
             setattr(module, name, folded.requires_grad_())  # torch leaves the new bias without
             setattr(module, next_name, nn.Identity())
@@ -443,11 +446,11 @@ class Gaussian(nn.Module):
 
     @classmethod
     def fit(cls, moments: Moments, floor: float = 0.0, covariance: str = "full") -> Gaussian:
-        """The Gaussian of samples; ValueError for less than three, DegenerateError if all alike.
+        """The Gaussian of samples; ValueError for fewer than three, DegenerateError if all alike.
 
         floor       share of the mean variance, over features and leading dimensions, that is added
                     to each variance (*ours*)
-        covariance  "full": Ledoit-Wolf's; for comparison "diagonal" alone, or "identity": Euclidean
+        covariance  "full": Ledoit-Wolf's; for comparison its "diagonal", or "identity": Euclidean
         """
         if moments.count < 3:
             raise ValueError(f"a Gaussian needs three samples at least, not {moments.count}")
@@ -480,7 +483,7 @@ class GaussianAD(nn.Module):
     """A feature extractor, one Gaussian per level, and for the anomaly map one per location.
 
     map_levels      levels that make the anomaly map; by default those of stride 16, or nearest to
-                    it (*ours*). The Gaussians take 8 h w C² bytes, with C channels in all of them
+                    it (*ours*). Their Gaussians take 8 h w C² bytes, C the channels of them all
     covariance      "full", "diagonal" or "identity": see `Gaussian.fit`
 
     Images are what FeatureExtractor takes, all of one size. Raises ValueError for other arguments.
@@ -598,7 +601,7 @@ class GaussianAD(nn.Module):
         return tail_quantile(self.anomaly_score(scores, maxima[:, None, None]), 1 - false_alarms)
 
     def map_threshold(self, false_alarms: float = 0.05) -> float:
-        """The value that the maximum of this share of normal maps is expected to exceed."""
+        """The value that the maximum of a share of normal maps is expected to exceed."""
         return tail_quantile(self.held_out[:, 1], 1 - false_alarms)
 
     def _settings(self) -> dict:
@@ -632,8 +635,8 @@ class GaussianAD(nn.Module):
                 detector.gaussians[name] = Gaussian(mean, whitening)
             detector.load_state_dict(state, assign=True)
         except (AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is not a detector saved by this gaussad.py, or of one's own "
-                             "network that is not the extractor given") from error
+            raise ValueError(f"{path} is not a detector saved by this gaussad.py; one of one's own "
+                             "network needs the extractor given to `load`") from error
         return detector.to(device)
 
 
@@ -659,9 +662,10 @@ def tail_quantile(scores: Tensor, quantile: float) -> float:
     """The value that a share `quantile`, in (0, 1), of future scores stays below; scores (N,).
     Few scores do not reach far into the tail: where fewer than min(k, 10) lie past the quantile, k
     being a fifth of them, their excesses over the next score u are taken as exponential (*ours*).
-    A further one is then above y times their sum with probability (1 + y)^-k, so that
+    A future score exceeds u with probability p = (k + 1) / (N + 1), and then u + y (sum of the
+    excesses) with probability (1 + y)^-k, so that
 
-        t = u + (sum of the excesses) ((k / (N (1 - quantile)))^(1/k) - 1)
+        t = u + (sum of the excesses) ((p / (1 - quantile))^(1/k) - 1)
 
     Raises ValueError for no scores, NaN, or a quantile out of range."""
     if not 0 < quantile < 1 or not len(scores) or scores.isnan().any():
@@ -669,9 +673,10 @@ def tail_quantile(scores: Tensor, quantile: float) -> float:
     n, scores = len(scores), scores.double().sort(descending=True)[0]
     k = min(max(2, n // 5), n - 1)
     if k == 0 or n * (1 - quantile) >= min(k, 10):
-        return scores.quantile(quantile).item()
+        return float(np.quantile(scores.cpu(), quantile, method="weibull"))
     excess = (scores[:k] - scores[k]).sum()
-    return (scores[k] + excess * ((k / (n * (1 - quantile))) ** (1 / k) - 1)).item()
+    p = (k + 1) / (n + 1)
+    return (scores[k] + excess * ((p / (1 - quantile)) ** (1 / k) - 1)).item()
 
 
 # ---- 5. Augmentation validator: when does fine-tuning begin to forget? -------------------------
@@ -703,8 +708,8 @@ def augmix(images: Tensor) -> Tensor:
 
 def _squares(images: Tensor) -> Tensor:
     """Where a square about a random centre lies, cut at the border: (B, 1, H, W) bool.
-    Its area is 0.2 to 10 % of the image's, log-uniform: larger ones are told at once, frozen or
-    fine-tuned, and so tell nothing (*ours*)."""
+    Uncut, its area is 0.2 to 10 % of the image's, log-uniform: larger ones are told at once, frozen
+    or fine-tuned, and so tell nothing (*ours*)."""
     share = torch.empty(len(images), 1).uniform_(math.log(0.002), math.log(0.1)).exp()
     inside = []
     for length in images.shape[-2:]:
@@ -813,7 +818,7 @@ class Check:
     effective_rank: float | None = None  # of the pooled features fitted to, mean over levels
     gain: tuple[float, float] | None = None  # of s over the best before, and its standard error
     state: dict | None = None  # plain tensors and numbers, with which `fine_tune` goes on from here
-    failure: str = ""  # why it ended here: features that are no longer finite
+    failure: str = ""  # why it ended here: features no longer finite, or that no longer vary
 
 
 def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: int = 512,
@@ -826,7 +831,8 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
     has Gaussians of the features as they are. A check is kept if s has gained more than two
     standard errors over the best one kept before, and the effective rank of the features has not
     grown by a tenth over the pre-trained one: forgetting spreads the normal images out. After
-    `patience` checks in a row that were not, it ends. That, and Adam on all parameters, is ours.
+    `patience` checks in a row that were not, it ends. When to keep and to end, and Adam on all
+    parameters, are ours.
     The detector is the best one only where a check is kept: save it there.
 
     batches     images, or (images, label) pairs, that can be iterated again, such as a list or a
@@ -860,17 +866,17 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
                 if step > 0:
                     loss, rank = _train(detector, pretrained, optimizer, batches, step - done)
             found = validator(detector)
+            gain = found.gain_over(best) if best else None
+            kept = gain is None or (gain[0] > 2 * gain[1] and rank <= rank_limit)
+            if kept:
+                with seeded(seed + step):
+                    detector.fit_and_calibrate(batches, held_out)
         except DegenerateError as error:
             if step == 0:
                 raise
             yield Check(step, failure=f"{error}: try a smaller learning rate")
             return
-        gain = found.gain_over(best) if best else None
-        kept = gain is None or (gain[0] > 2 * gain[1] and rank <= rank_limit)
-        done, since, best = step, 0 if kept else since + 1, found if kept else best
-        if kept:
-            with seeded(seed + step):
-                detector.fit_and_calibrate(batches, held_out)
+        done, since, best = (step, 0, found) if kept else (step, since + 1, best)
         state = {"step": step, "since": since, "best": vars(best),
                  "network": detector.extractor.state_dict(), "optimizer": optimizer.state_dict()}
         yield Check(step, kept, loss, found, rank, gain, deepcopy(state))
@@ -959,8 +965,8 @@ def _area_up_to(limit: float, x: Tensor, y: Tensor) -> float:
 
 def label_regions(masks: Tensor) -> Tensor:
     """Number the 8-connected regions of masks (N, H, W) bool: (N, H, W) int64, 0 where normal.
-    Each region has a number of its own over all masks, not consecutive: 1 + the last of its pixels.
-    """
+    Each region has a number of its own over all masks, not consecutive: 1 + the index of its
+    last pixel."""
     labels = torch.zeros(masks.shape, dtype=torch.int64, device=masks.device)
     numbers = torch.arange(1, masks.numel() + 1, device=masks.device).view(masks.shape)
     for i in masks.flatten(1).any(1).nonzero().flatten().tolist():
@@ -1003,6 +1009,8 @@ def error_line(error: Exception) -> str:
     """What a user can mend, in one line; any other error is raised again, for its traceback."""
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in str(error):
         return "out of memory: use smaller batches or smaller images"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {error.filename}: check this path, or give another"
     if not isinstance(error, (ValueError, OSError)):
         raise error
     return " ".join(str(error).split())
@@ -1026,7 +1034,8 @@ def load_plain(path: str | Path) -> dict:
     except Exception as error:  # the unpickler raises whatever it likes on other files
         if "memory" in str(error):
             raise
-        raise ValueError(f"{path} is not a file saved by torch.save, or it is damaged") from error
+        told = f"{path} is damaged, or not a file saved by torch.save: give another, or remove it"
+        raise ValueError(told) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return content

@@ -4,8 +4,7 @@
     python -m pytest
 
 runs offline on the CPU on drawn data and random weights. With GAUSSAD_DATA (an MVTec AD root with
-screw in it) and GAUSSAD_WEIGHTS (a state dict of mobilenet_v2) it also runs on the real thing.
-"""
+screw in it) and GAUSSAD_WEIGHTS (a state dict of mobilenet_v2) it also runs on the real thing."""
 
 import base64
 import csv
@@ -236,9 +235,8 @@ def test_levels_are_torchvisions_feature_maps(backbone, levels, default, modules
     network(normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     state = {prefix + k: v for k, v in network.state_dict().items() if "classifier" not in k}
     torch.save({key: state, "epoch": 3} if key else state, path)
-    maps = FeatureExtractor(backbone, levels, path)(images)
-    for found, expected in zip(maps, outputs, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+    for x, y in zip(FeatureExtractor(backbone, levels, path)(images), outputs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * y.abs().max())
     extractor = FeatureExtractor(backbone, weights=path)
     assert extractor.levels == default
     assert not [m for m in extractor.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -284,10 +282,11 @@ def test_weights_that_are_broken_are_told(tmp_path, monkeypatch):
         FeatureExtractor(BACKBONE)
 
 
-def test_safetensors_are_read(tmp_path):
-    path, tensors = tmp_path / "a.safetensors", {"x": torch.rand(3)}
-    pytest.importorskip("safetensors.torch").save_file(tensors, path)
-    assert torch.equal(gaussad.load_plain(path)["x"], tensors["x"])
+def test_batch_norm_with_an_activation_in_it_is_not_folded():
+    layer = type("BatchNormAct2d", (torch.nn.BatchNorm2d,), {})  # as timm has it
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), layer(4)).eval()
+    gaussad.fold_batch_norm(network)
+    assert type(network[1]) is layer
 
 
 # ---- Detector ------------------------------------------------------------------------------------
@@ -361,6 +360,8 @@ def test_tail_quantile_keeps_the_false_alarm_rate_of_few_and_of_many():
         found = [gaussad.tail_quantile(torch.tensor(scores), 0.95) for scores in draw(400, n)]
         alarms = (future[:, None] > np.array(found)).mean()
         assert alarms == pytest.approx(0.05, abs=tolerance)
+    few = [gaussad.tail_quantile(x, 0.95) for x in torch.empty(9000, 16).exponential_()]
+    assert np.exp(-np.array(few)).mean() == pytest.approx(0.05, abs=0.002)  # exact for its model
     assert gaussad.tail_quantile(torch.tensor(future), 0.5) == pytest.approx(np.median(future))
 
 
@@ -394,7 +395,7 @@ def test_altered_file_is_refused_and_no_code_in_it_is_run(fitted, tmp_path, monk
         content = gaussad.load_plain("detector.pt")
         alter(content)
         torch.save(content, "detector.pt")
-        with pytest.raises(ValueError, match="detector.pt is not a"):
+        with pytest.raises(ValueError, match="detector.pt is "):
             GaussianAD.load("detector.pt")
     assert os.listdir() == ["detector.pt"]
 
@@ -611,8 +612,7 @@ def test_images_of_any_mode_and_suffix_become_the_same_rgb(tmp_path):
         image.convert(mode).save(tmp_path / f"{mode}.png")
     expected = gaussad.load_image(tmp_path / "a.png", 32)
     assert expected.shape == (3, 32, 32) and expected.dtype == torch.uint8
-    paths = gaussad.list_images([tmp_path])
-    assert len(paths) == 8
+    assert len(paths := gaussad.list_images([tmp_path])) == 8
     for path, found in zip(paths, gaussad.load_images(paths, 32, workers=3)):
         assert (found.int() - expected.int()).abs().max() <= 1, path.name
 
@@ -816,8 +816,7 @@ def evaluated(trained, demo, tmp_path_factory):
         out=out, metrics=read_json(out / "metrics.json"), rows=rows, found=found, samples=samples,
         detector=detector, scores=scores, maps=maps,
         labels=np.array([sample.defect != "good" for sample in samples]),
-        masks=torch.stack([evaluate.load(sample, 64, True)[3] for sample in samples]),
-    )
+        masks=torch.stack([evaluate.load(sample, 64, True)[3] for sample in samples]))  # fmt: skip
 
 
 def test_train_writes_the_detector_that_the_library_makes_and_its_history(trained, demo):
@@ -939,8 +938,7 @@ def test_finished_run_is_left_alone_and_every_other_setting_is_another_run(demo,
         code, output, error = cli("train.py", *given, *more)
         assert code == 0 and ("is finished" in output) == finished, error
     assert "smaller learning rate" in output  # the last has failed after its step 0
-    history = read_json(tmp_path / "history.json")
-    assert history["finished"] and history["best_step"] == 0
+    assert read_json(tmp_path / "history.json")["best_step"] == 0
     cli("train.py", *given)
     draw(tmp_path / "demo/train/good/000.png", 9)  # another photo in place of one
     assert "is finished" not in cli("train.py", *given)[1]
@@ -989,13 +987,15 @@ def test_own_images_by_any_name_are_trained_on_and_scored_but_for_one(demo, cli,
         assert cli(*given)[0] == 0
     (images / "br\noken_\udcff.png").touch()
     assert_one_line(cli(*given), "cannot read the image .*br oken_")
-    result = cli("evaluate.py", "--model", tmp_path / "detector.pt", "--images", images, stain,
-                 "--pictures")  # fmt: skip
+    given = ["evaluate.py", "--model", tmp_path / "detector.pt", "--images"]
+    result = cli(*given, images, stain, "--pictures")
     assert_one_line(result, "cannot read the image .*br oken_")
     rows, found = read_scores(tmp_path / "scored")
     assert sorted(Path(row["path"]).name for row in rows) == sorted(names)
     assert len(os.listdir(tmp_path / "scored/pictures")) == len(names)
     assert re.search(rf"{found[-1, 0]:.2f} +{rows[-1]['verdict']} +{stain}\n", result[1])
+    cli(*given, images / "br\noken_\udcff.png")
+    assert len(read_scores(tmp_path / "scored")[0]) == len(names)  # and not lost
 
 
 def test_demo_ends_in_a_detector_better_than_chance(tmp_path):
@@ -1027,9 +1027,8 @@ def broken(demo, tmp_path_factory):
     ("train.py --levels 0 3", "the levels 1 to 13"),
     ("train.py --weights ROOT/weights.pth --backbone resnet18", "not hold .* resnet18"),
     ("train.py --out ROOT/file/run", "Not a directory: .*file/run"),
-    ("train.py --out ROOT/runs/file", "detector.pt is not a file saved by torch.save"),
+    ("train.py --out ROOT/runs/file", "detector.pt is damaged, or not a file saved by"),
     ("train.py --out ROOT/runs/weights.pth", "not of train.py"),
-    ("train.py --normal ROOT", "not allowed with argument"),
     ("evaluate.py --model RUN --data ROOT --category empty", "'demo', not of 'empty'"),
     ("evaluate.py --model RUN --data RUN/../../data", "demo/test"),  # what it was trained from
     ("evaluate.py --model RUN --false-alarms 5", "between 0 and 1"),

@@ -8,8 +8,7 @@
     python train.py --demo
 
 Writes detector.pt and history.json to runs/<category>; never opens the test folder. Run again, it
-goes on where it was interrupted or skips what is finished; other settings or --force begin anew.
-"""
+goes on where it was interrupted or skips what is finished; other settings or --force begin anew."""
 
 from __future__ import annotations
 
@@ -103,8 +102,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         parser.error("--data goes with --category, and --normal with --out")
     if args.steps < 0 or not 0 <= args.lr < float("inf") or not 0 <= args.seed < 2**63:
         parser.error("--steps, --lr and --seed are 0 or more, and all are finite")
-    if min(args.patience, args.image_size, args.batch_size, args.workers) < 1:
-        parser.error("--patience, --image-size, --batch-size and --workers are 1 or more")
+    if args.image_size < 32 or min(args.patience, args.batch_size, args.workers) < 1:
+        parser.error("--image-size is 32 or more, --patience, --batch-size, --workers 1 or more")
     return args
 
 
@@ -142,10 +141,10 @@ def earlier_training(args: Namespace, images: Sequence[Path]) -> dict:
     """What training with the same settings has come to in the run's folder; else its beginning."""
     settings = {key: str(value.resolve()) if isinstance(value, Path) else value
                 for key, value in vars(args).items() if key not in ELSEWHERE}  # fmt: skip
-    listed = [(path.name, path.stat().st_size) for path in images]
-    settings["images"] = hashlib.sha256(repr(listed).encode()).hexdigest()
-    if Path(args.weights).is_file():  # known by its content
-        settings["weights"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
+    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()  # files by their content
+    settings["images"] = hashlib.sha256("".join(map(digest, images)).encode()).hexdigest()
+    if Path(args.weights).is_file():
+        settings["weights"] = digest(Path(args.weights))
     path = args.out / "detector.pt"
     if path.exists() and not args.force:
         training = load_plain(path).get("training")
@@ -153,6 +152,8 @@ def earlier_training(args: Namespace, images: Sequence[Path]) -> dict:
             raise ValueError(f"{path} is not of train.py: choose another --out, or --force")
         if training["settings"] == settings and (training["finished"] or training["state"]):
             return training
+        changed = [key for key in settings if training["settings"].get(key) != settings[key]]
+        print(f"{args.out} begins anew; what is different: {', '.join(changed) or 'nothing'}")
     return {"settings": settings, "checks": [], "finished": False, "state": None}
 
 
@@ -175,7 +176,8 @@ def fine_tune_and_save(detector: GaussianAD, batches: DataLoader, held_out: Tens
                        args: Namespace, training: dict) -> None:  # fmt: skip
     """Fine-tune; the best detector so far is on disk after each check, with the way on from it."""
     print("  step" + "".join(f"{title:>10}" for title in COLUMNS.values()) + "  AUROC in %")
-    print(*map(table_row, training["checks"]), sep="\n", end="\n" * bool(training["checks"]))
+    for check in training["checks"]:  # of before an interruption
+        print(table_row(check))
     augmentations = {name: AUGMENTATIONS[name] for name in args.augmentations}
     start = time.perf_counter()
     for check in fine_tune(detector, batches, held_out, args.steps, args.lr, args.patience,
