@@ -36,8 +36,8 @@ from gaussad import (AUGMENTATIONS, LOCAL, Check, FeatureExtractor, GaussianAD, 
                      load_images, load_plain, pick_device, save_plain, without_copies)  # fmt: skip
 
 ELSEWHERE = {"out", "device", "workers", "force", "demo"}  # options that change no result
-DEMO = {"backbone": "mobilenet_v2", "levels": [3, 4, 7], "image_size": 128, "steps": 64,
-        "out": Path("runs/demo")}  # early levels, which see something with random weights too
+DEMO = {"backbone": "mobilenet_v2", "weights": "random", "levels": [3, 4, 7], "image_size": 128,
+        "steps": 64, "out": Path("runs/demo")}  # no download; early levels see something even so
 COLUMNS = {"loss": "loss", "seconds": "seconds", "separation": "s", "gain": "gain",
            "standard_error": "std error", "effective_rank": "rank"}  # of the table that is printed
 
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     device = pick_device(args.device)
     if args.demo:
-        prepare_demo(args)
+        args.data, args.category = args.out / "data", ["demo"]
+        draw_demo(args.data)
     runs, failed = list_runs(args), False
     if distributed.is_torchelastic_launched():  # by torchrun: this process takes its share
         runs = runs[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]
@@ -221,17 +222,6 @@ def save(out: Path, training: dict, detector: GaussianAD | None = None) -> None:
     history = {**training, "best_step": kept[-1], "state": None}
     with atomic_path(out / "history.json") as part:
         part.write_text(json.dumps(history, indent=2) + "\n")
-
-
-def prepare_demo(args: Namespace) -> None:
-    """Draw the data; without a network, random weights stand in for ImageNet's."""
-    args.data, args.category = args.out / "data", ["demo"]
-    draw_demo(args.data)
-    try:
-        FeatureExtractor(args.backbone, args.levels, args.weights)
-    except ConnectionError as error:
-        print(f"{error}.\nThe demo goes on with random weights.")
-        args.weights = "random"
 
 
 def draw_demo(root: Path, size: int = 128) -> None:
