@@ -120,8 +120,8 @@ def hold_out(samples: Sequence, seed: int = 0) -> tuple[list, list]:
 
 
 def without_copies(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W) without those equal to an earlier one, of which it warns: a
-    held-out copy of a fitted image would seem more normal than any other."""
+    """Images (N, 3, H, W) without those equal to an earlier one, of which it warns: a held-out
+    copy of a fitted image would seem more normal than any other."""
     first = {}
     for i, image in enumerate(images):
         first.setdefault(hash(image.numpy().tobytes()), i)
@@ -748,9 +748,9 @@ class AugmentationValidator:
 
         s = mean of r / σ,  r = log d(x̃) - log d(x),  σ the standard deviation of log d(x)
 
-    with d the score, log d(x̃) the mean over augmentations and draws. For log-normal scores of equal
-    σ the AUROC between the two is Φ(s/√2), but s does not saturate. Its standard error comes from
-    the influence of each image; with l = log d(x), s is the mean over i of
+    with d the score, log d(x̃) the mean over augmentations and draws. For log-normal scores of
+    equal σ the AUROC between the two is Φ(s/√2), but s does not saturate. Its standard error comes
+    from the influence of each image; with l = log d(x), s is the mean over i of
 
         s_i = r_i / σ - r̄ ((l_i - l̄)² / σ² - 1) / (2 σ)
 
@@ -832,8 +832,7 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
     standard errors over the best one kept before, and the effective rank of the features has not
     grown by a tenth over the pre-trained one: forgetting spreads the normal images out. After
     `patience` checks in a row that were not, it ends. When to keep and to end, and Adam on all
-    parameters, are ours.
-    The detector is the best one only where a check is kept: save it there.
+    parameters, are ours. The detector is the best one only where a check is kept: save it there.
 
     batches     images, or (images, label) pairs, that can be iterated again, such as a list or a
                 DataLoader. Torch's default generator is seeded before, so that it shuffles alike
@@ -1009,11 +1008,12 @@ def error_line(error: Exception) -> str:
     """What a user can mend, in one line; any other error is raised again, for its traceback."""
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in str(error):
         return "out of memory: use smaller batches or smaller images"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.strerror}: {error.filename}: check this path, or give another"
     if not isinstance(error, (ValueError, OSError)):
         raise error
-    return " ".join(str(error).split())
+    told = str(error)
+    if isinstance(error, OSError) and error.filename:
+        told = f"{error.strerror}: {error.filename}: check this path, or give another"
+    return " ".join(told.split())  # a name may hold a line break
 
 
 def load_plain(path: str | Path) -> dict:
@@ -1034,7 +1034,7 @@ def load_plain(path: str | Path) -> dict:
     except Exception as error:  # the unpickler raises whatever it likes on other files
         if "memory" in str(error):
             raise
-        told = f"{path} is damaged, or not a file saved by torch.save: give another, or remove it"
+        told = f"{path} is not a file saved by torch.save, or damaged: give another, or remove it"
         raise ValueError(told) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")

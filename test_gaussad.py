@@ -282,6 +282,12 @@ def test_weights_that_are_broken_are_told(tmp_path, monkeypatch):
         FeatureExtractor(BACKBONE)
 
 
+def test_safetensors_are_read(tmp_path):
+    path, tensors = tmp_path / "a.safetensors", {"x": torch.rand(3)}
+    pytest.importorskip("safetensors.torch").save_file(tensors, path)
+    assert torch.equal(gaussad.load_plain(path)["x"], tensors["x"])
+
+
 def test_batch_norm_with_an_activation_in_it_is_not_folded():
     layer = type("BatchNormAct2d", (torch.nn.BatchNorm2d,), {})  # as timm has it
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), layer(4)).eval()
@@ -395,7 +401,7 @@ def test_altered_file_is_refused_and_no_code_in_it_is_run(fitted, tmp_path, monk
         content = gaussad.load_plain("detector.pt")
         alter(content)
         torch.save(content, "detector.pt")
-        with pytest.raises(ValueError, match="detector.pt is "):
+        with pytest.raises(ValueError, match="detector.pt is not a"):
             GaussianAD.load("detector.pt")
     assert os.listdir() == ["detector.pt"]
 
@@ -916,6 +922,7 @@ def test_run_that_is_killed_goes_on_to_the_same_bits(trained, demo, cli, tmp_pat
     with (tmp_path / ".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert_one_line(cli("train.py", *given), "another train.py is at work in")
+    (tmp_path / ".detector.pt.part").touch()  # of a kill at another moment
     code, output, _ = cli("train.py", *given)
     assert code == 0 and re.findall(r"(?m)^ +(\d+) ", output) == ["0", "2", "3"]
     a, b = (gaussad.load_plain(path / "detector.pt") for path in (trained / "runs/demo", tmp_path))
@@ -938,7 +945,8 @@ def test_finished_run_is_left_alone_and_every_other_setting_is_another_run(demo,
         code, output, error = cli("train.py", *given, *more)
         assert code == 0 and ("is finished" in output) == finished, error
     assert "smaller learning rate" in output  # the last has failed after its step 0
-    assert read_json(tmp_path / "history.json")["best_step"] == 0
+    history = read_json(tmp_path / "history.json")
+    assert history["finished"] and history["best_step"] == 0
     cli("train.py", *given)
     draw(tmp_path / "demo/train/good/000.png", 9)  # another photo in place of one
     assert "is finished" not in cli("train.py", *given)[1]
@@ -1027,8 +1035,9 @@ def broken(demo, tmp_path_factory):
     ("train.py --levels 0 3", "the levels 1 to 13"),
     ("train.py --weights ROOT/weights.pth --backbone resnet18", "not hold .* resnet18"),
     ("train.py --out ROOT/file/run", "Not a directory: .*file/run"),
-    ("train.py --out ROOT/runs/file", "detector.pt is damaged, or not a file saved by"),
+    ("train.py --out ROOT/runs/file", "detector.pt is not a file saved by torch.save"),
     ("train.py --out ROOT/runs/weights.pth", "not of train.py"),
+    ("train.py --normal ROOT", "not allowed with argument"),
     ("evaluate.py --model RUN --data ROOT --category empty", "'demo', not of 'empty'"),
     ("evaluate.py --model RUN --data RUN/../../data", "demo/test"),  # what it was trained from
     ("evaluate.py --model RUN --false-alarms 5", "between 0 and 1"),
@@ -1038,6 +1047,11 @@ def test_bad_input_is_told_in_one_line(given, message, broken, demo, trained, cl
     script, *more = given.split()
     options = [*TINY, "--steps", "2", "--out", tmp_path] if script == "train.py" else []
     assert_one_line(cli(script, *demo, *options, *more), message)
+
+
+def test_error_with_a_line_break_in_a_file_name_is_one_line():
+    told = gaussad.error_line(NotADirectoryError(20, "Not a directory", "a\nb"))
+    assert told == "Not a directory: a b: check this path, or give another"
 
 
 def test_full_disk_keeps_what_was_there(trained, demo, cli, tmp_path):
