@@ -4,7 +4,7 @@
 
     python evaluate.py --data mvtec/ --category screw --pictures
     python evaluate.py --data mvtec/ --category all
-    python evaluate.py --model runs/screw/detector.pt --images photos/
+    python evaluate.py --model runs/screw/detector.pt --images photos/new
 
 Reads runs/<category>/detector.pt; writes metrics.json, scores.csv, report.html and if asked for a
 folder of pictures beside it, and of several categories runs/results.json and results.csv. Of your
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--model", type=Path, help="detector, or folder of <category>/detector.pt (--out or runs)")
     add("--out", type=Path, help="folder of the results (default: that of the detector)")
     add("--pictures", action="store_true", help="draw the anomaly map of each image")
-    add("--false-alarms", type=float, default=0.05, help="expected share of normal images (0.05)")
+    add("--false-alarms", type=float, default=0.05, help="expected share, 0 to 1 (0.05)")
     add("--batch-size", type=int, default=16, metavar="N", help="images in a batch (16)")
     add("--workers", type=int, default=2, metavar="N", help="threads that decode images (2)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto: a GPU if any)")

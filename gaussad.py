@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from glob import glob
 from itertools import count, islice, pairwise
 from pathlib import Path
 from statistics import fmean
@@ -70,8 +71,8 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
     if category not in (names := list_categories(root)):
         raise ValueError(f"no category {category!r} in {root}; there are: {', '.join(names)}")
     home, truth = Path(root, category, split), Path(root, category, "ground_truth")
-    masks = {path.relative_to(truth).with_suffix(""): path for path in sorted(truth.rglob("*"))
-             if path.is_dir() or _is_image(path)}  # fmt: skip
+    masks = {(path if path.is_dir() else path.with_suffix("")).relative_to(truth): path
+             for path in sorted(truth.rglob("*")) if path.is_dir() or _is_image(path)}  # fmt: skip
     samples = []
     for folder in sorted(home.glob("[!.]*/")):
         defect = NORMAL if folder.name.lower() == NORMAL else folder.name
@@ -93,8 +94,8 @@ def list_images(paths: Sequence[str | Path]) -> list[Path]:
     Warns of other files. Raises ValueError for a path without an image."""
     images = []
     for path in map(Path, paths):
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()
-                 and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        names = glob("**", root_dir=path, recursive=True)  # none that are hidden
+        files = sorted(path / name for name in names if (path / name).is_file())
         found = [path] if path.is_file() else list(filter(_is_image, files))
         if not found:
             raise ValueError(f"no images at {path}: give image files, or folders of them")
@@ -157,7 +158,7 @@ def load_mask(path: str | Path, size: int, image: str | Path | None = None) -> T
 
     That is what is opaque and not 0 (any channel, or a palette's index); where all that is opaque
     is 0 and some is transparent, what is opaque. Of a folder, its masks together. Where EXIF turns
-    `image`, a mask of its raw size is turned with it. Raises ValueError, naming the file."""
+    `image` a quarter, a mask of its raw size is turned with it. ValueError names the file."""
     if Path(path).is_dir():
         return torch.stack([load_mask(file, size, image) for file in list_images([path])]).any(0)
     with _opened(path) as file:
@@ -260,7 +261,7 @@ class FeatureExtractor(nn.Module):
             raise ValueError("images are uint8, or floating-point in [0, 1], and (B, 3, H, W), not "
                              f"{images.dtype} and {list(images.shape)}")  # fmt: skip
         if images.is_floating_point() and not torch.compiler.is_compiling():
-            if images.min() < 0 or images.max() > 1:
+            if not (images.min() >= 0 and images.max() <= 1):  # or NaN
                 raise ValueError("floating-point images are in [0, 1], and not yet normalised")
         images = F.to_dtype(images.to(self.mean.device), self.mean.dtype, scale=True)
         x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
@@ -522,9 +523,10 @@ class GaussianAD(nn.Module):
             moments: dict[str, Moments] | None = None) -> GaussianAD:  # fmt: skip
         """Fit the Gaussians, with or without those of maps, in one pass. Returns self.
         Batches are normal images, or (images, label) pairs; moments, of images to be fitted as
-        well, are added to. Raises ValueError for fewer than three images or several sizes,
-        DegenerateError for features not finite or that do not vary."""
+        well, are added to. A calibration is forgotten. Raises ValueError for fewer than three images
+        or several sizes, DegenerateError for features not finite or that do not vary."""
         moments = defaultdict(Moments) if moments is None else moments
+        self.held_out = self.held_out[:0]
         for images in _images_of(batches):
             self.image_size = list(images.shape[-2:])
             for name, features in self._features(images, maps).items():
@@ -539,8 +541,10 @@ class GaussianAD(nn.Module):
         """Fit to normal images, `calibrate` by those held out, then fit to both: more images make
         better Gaussians, and thresholds then err towards fewer false alarms (*ours*)."""
         moments = defaultdict(Moments)
-        self.fit(batches, moments=moments).calibrate(held_out.split(16))
-        return self.fit(held_out.split(16), moments=moments)
+        calibrated = self.fit(batches, moments=moments).calibrate(held_out.split(16)).held_out
+        self.fit(held_out.split(16), moments=moments)
+        self.held_out = calibrated
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """The paper's score: sum_l d_l, the distances of the spatial means of the levels; (B,)
@@ -660,10 +664,10 @@ def _images_of(batches: Iterable) -> Iterator[Tensor]:
 
 def tail_quantile(scores: Tensor, quantile: float) -> float:
     """The value that a share `quantile`, in (0, 1), of future scores stays below; scores (N,).
-    Few scores do not reach far into the tail: where fewer than min(k, 10) lie past the quantile, k
-    being a fifth of them, their excesses over the next score u are taken as exponential (*ours*).
-    A future score exceeds u with probability p = (k + 1) / (N + 1), and then u + y (sum of the
-    excesses) with probability (1 + y)^-k, so that
+    Few scores do not reach far into the tail: where fewer than k lie past the quantile, k being a
+    fifth of them, from 2 to 10, the excesses of the k largest over the next one, u, are taken as
+    exponential (*ours*). A future score exceeds u with probability p = (k + 1) / (N + 1), and then
+    u + y (sum of the excesses) with probability (1 + y)^-k, so that
 
         t = u + (sum of the excesses) ((p / (1 - quantile))^(1/k) - 1)
 
@@ -671,8 +675,8 @@ def tail_quantile(scores: Tensor, quantile: float) -> float:
     if not 0 < quantile < 1 or not len(scores) or scores.isnan().any():
         raise ValueError("a quantile in (0, 1) of at least one score, none of them NaN, is needed")
     n, scores = len(scores), scores.double().sort(descending=True)[0]
-    k = min(max(2, n // 5), n - 1)
-    if k == 0 or n * (1 - quantile) >= min(k, 10):
+    k = min(max(2, n // 5), 10, n - 1)
+    if k == 0 or n * (1 - quantile) >= k:
         return float(np.quantile(scores.cpu(), quantile, method="weibull"))
     excess = (scores[:k] - scores[k]).sum()
     p = (k + 1) / (n + 1)
@@ -838,7 +842,8 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
                 DataLoader. Torch's default generator is seeded before, so that it shuffles alike
     held_out    (N, 3, H, W) uint8, normal, not among the batches
     steps       at most; 0 fits the frozen network, and does not validate
-    state       of a check: goes on from it to the same bits, the other arguments being the same"""
+    state       of a check: goes on from it to the same bits, the other arguments being the same,
+                the detector too: not trained yet. ValueError for other images or detectors"""
     if steps < 0 or patience < 1 or not 0 <= lr < math.inf:
         raise ValueError("steps and rate are 0 or more, patience 1 or more, and all are finite")
     if steps == 0:
@@ -849,13 +854,10 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
     validator = AugmentationValidator(held_out, seed, augmentations=augmentations)
     optimizer = torch.optim.Adam(detector.parameters(), lr=lr)
     with seeded(seed):
-        rank = _refit(detector, batches)
-    pretrained, rank_limit = detector.gaussians, RANK_GROWTH * rank
-    done, since, best, loss = -1, 0, None, None
+        first_rank = rank = _refit(detector, batches)
+    pretrained, done, since, best, loss = detector.gaussians, -1, 0, None, None
     if state is not None:
-        done, since, best = state["step"], state["since"], Validation(**state["best"])
-        detector.extractor.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        done, since, best = _go_on(detector, optimizer, state, rank)
     checks = [0, *(FIRST_CHECK << k for k in range(40) if FIRST_CHECK << k < steps), steps]
     for step in (step for step in checks if step > done):
         if since == patience:
@@ -866,7 +868,7 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
                     loss, rank = _train(detector, pretrained, optimizer, batches, step - done)
             found = validator(detector)
             gain = found.gain_over(best) if best else None
-            kept = gain is None or (gain[0] > 2 * gain[1] and rank <= rank_limit)
+            kept = gain is None or (gain[0] > 2 * gain[1] and rank <= RANK_GROWTH * first_rank)
             if kept:
                 with seeded(seed + step):
                     detector.fit_and_calibrate(batches, held_out)
@@ -876,9 +878,19 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
             yield Check(step, failure=f"{error}: try a smaller learning rate")
             return
         done, since, best = (step, 0, found) if kept else (step, since + 1, best)
-        state = {"step": step, "since": since, "best": vars(best),
+        state = {"step": step, "since": since, "best": vars(best), "first_rank": first_rank,
                  "network": detector.extractor.state_dict(), "optimizer": optimizer.state_dict()}
         yield Check(step, kept, loss, found, rank, gain, deepcopy(state))
+
+
+def _go_on(detector: GaussianAD, optimizer: torch.optim.Optimizer, state: dict,
+           rank: float) -> tuple[int, int, Validation]:  # fmt: skip
+    """Put back what `state` holds; its step, the checks since the best one, and that one."""
+    if not math.isclose(rank, state["first_rank"], rel_tol=1e-3):  # a GPU does not give the same bits
+        raise ValueError("the state is of other images, or the detector is not as it was at first")
+    detector.extractor.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["since"], Validation(**state["best"])
 
 
 def _train(detector: GaussianAD, gaussians: nn.ModuleDict, optimizer: torch.optim.Optimizer,
@@ -1006,7 +1018,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def error_line(error: Exception) -> str:
     """What a user can mend, in one line; any other error is raised again, for its traceback."""
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in str(error):
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return "out of memory: use smaller batches or smaller images"
     if not isinstance(error, (ValueError, OSError)):
         raise error
@@ -1014,6 +1026,10 @@ def error_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         told = f"{error.strerror}: {error.filename}: check this path, or give another"
     return " ".join(told.split())  # a name may hold a line break
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "allocate" in str(error)  # torch's, CPU or GPU
 
 
 def load_plain(path: str | Path) -> dict:
@@ -1032,7 +1048,7 @@ def load_plain(path: str | Path) -> dict:
     except ImportError as error:
         raise ValueError(f"to read {path}, pip install safetensors") from error
     except Exception as error:  # the unpickler raises whatever it likes on other files
-        if "memory" in str(error):
+        if _is_out_of_memory(error):
             raise
         told = f"{path} is not a file saved by torch.save, or damaged: give another, or remove it"
         raise ValueError(told) from error
@@ -1057,5 +1073,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk's lacks it
+        raise
     finally:
         part.unlink(missing_ok=True)

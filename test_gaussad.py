@@ -352,8 +352,10 @@ def test_zero_steps_fit_and_calibrate_which_equals_its_parts(fitted, monkeypatch
     found, expected = (GaussianAD(fitted[0].extractor) for _ in range(2))
     [check] = gaussad.fine_tune(found, images.split(5), held_out, steps=0)
     assert check.kept and check.validation is None
-    expected.fit([images]).calibrate([held_out]).fit([images, held_out])
-    assert relative(found.held_out, expected.held_out) < 1e-4
+    assert relative(found.held_out, expected.fit([images]).calibrate([held_out]).held_out) < 1e-4
+    expected.fit([images, held_out])
+    with pytest.raises(ValueError, match="calibrate it first"):  # again
+        expected.threshold()
     pairs = zip(found.scores_and_maps(images), expected.scores_and_maps(images))
     assert all(relative(*pair) < 1e-4 for pair in pairs)
 
@@ -368,6 +370,8 @@ def test_tail_quantile_keeps_the_false_alarm_rate_of_few_and_of_many():
         assert alarms == pytest.approx(0.05, abs=tolerance)
     few = [gaussad.tail_quantile(x, 0.95) for x in torch.empty(9000, 16).exponential_()]
     assert np.exp(-np.array(few)).mean() == pytest.approx(0.05, abs=0.002)  # exact for its model
+    far = torch.tensor([gaussad.tail_quantile(x, 0.99) for x in torch.randn(900, 200)])
+    assert torch.special.ndtr(-far).mean().item() == pytest.approx(0.01, abs=0.002)
     assert gaussad.tail_quantile(torch.tensor(future), 0.5) == pytest.approx(np.median(future))
 
 
@@ -551,6 +555,8 @@ def test_any_check_is_gone_on_from_to_the_same_bits(task):
         assert (found.loss, found.gain, found.kept) == (whole.loss, whole.gain, whole.kept)
         with torch.no_grad():
             assert torch.equal(again(held_out), detector(held_out))
+        with pytest.raises(ValueError, match="not as it was at first"):
+            next(gaussad.fine_tune(again, loader, held_out, state=check.state, **given))
 
 
 def test_readme_examples_train_take_ones_own_network_and_export(tmp_path, monkeypatch):
@@ -588,6 +594,7 @@ def test_readme_examples_train_take_ones_own_network_and_export(tmp_path, monkey
     (lambda d, x: FeatureExtractor(own_stages()), "mean and std"),
     (lambda d, x: d(x.long()), "uint8, or floating-point"),
     (lambda d, x: d(255 * x), r"in \[0, 1\]"),
+    (lambda d, x: d(x * torch.nan), r"in \[0, 1\]"),
     (lambda d, x: d(x[..., :32]), "was fitted to"),
     (lambda d, x: d.anomaly_score(*d.scores_and_maps(x)), "calibrate it first"),
     (lambda d, x: d.calibrate([x[:1].expand(3, -1, -1, -1)]), "two held-out images"),
@@ -716,13 +723,15 @@ def draw(path, value=255):
 
 def test_samples_and_their_masks_are_found_by_the_conventions(tmp_path):
     names = {"a.png": "a_mask.png", "b.jpg": "b.png", "c.png": "c.bmp", "d.PNG": "d_mask.PNG",
-             "deep/e.webp": "deep/e_mask.tif", "f.png": "f/000.png", "g.png": None}  # fmt: skip
+             "deep/e.webp": "deep/e_mask.tif", "f.1.png": "f.1/000.png", "g.png": None}  # fmt: skip
     part = tmp_path / "part"
     for image, mask in names.items():
         draw(part / "test/cut" / image)
         if mask:
             draw(part / "ground_truth/cut" / mask)
-    draw(part / "ground_truth/cut/f/001.png", 0)
+    draw(part / "ground_truth/cut/f.1/001.png", 0)
+    (part / "test/cut/deep").rename(tmp_path / "elsewhere")
+    (part / "test/cut/deep").symlink_to(tmp_path / "elsewhere")
     for other in ("train/Good/a.png", "train/bad/a.png", "test/GOOD/a.png", "test/ok/a.png",
                   "test/cut/.hidden.png", "test/cut/.checkpoints/a.png"):  # fmt: skip
         draw(part / other)
@@ -939,6 +948,7 @@ def test_finished_run_is_left_alone_and_every_other_setting_is_another_run(demo,
     shutil.copytree(Path(demo[1], "demo/train"), tmp_path / "demo/train")
     given = ["--data", tmp_path, "--category", "demo", *TINY, "--steps", 0, "--out", tmp_path]
     for more, finished in ((["--device", "cpu"], False), (["--device", "auto"], True),
+                           (demo[:2], True),  # the same images elsewhere
                            (["--force"], False), (["--weights", tmp_path / "a.pth"], False),
                            (["--weights", tmp_path / "b.pth"], True), (["--seed", 1], False),
                            (["--steps", 2, "--lr", 1e30], False)):  # fmt: skip
@@ -993,6 +1003,7 @@ def test_own_images_by_any_name_are_trained_on_and_scored_but_for_one(demo, cli,
     given = ["train.py", "--normal", images, "--out", tmp_path, *TINY, "--steps", 0]
     with pytest.warns(UserWarning, match="1 of 53 normal images are copies"):
         assert cli(*given)[0] == 0
+    assert_one_line(cli("train.py", "--normal", demo[1], "--out", tmp_path), "of a data set give")
     (images / "br\noken_\udcff.png").touch()
     assert_one_line(cli(*given), "cannot read the image .*br oken_")
     given = ["evaluate.py", "--model", tmp_path / "detector.pt", "--images"]
@@ -1061,7 +1072,8 @@ def test_full_disk_keeps_what_was_there(trained, demo, cli, tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # bytes of a file, at most
         for script, more in (("train.py", [*TINY, "--steps", 0]), ("evaluate.py", [])):
-            assert_one_line(cli(script, *demo, "--out", tmp_path, *more), "File too large")
+            result = cli(script, *demo, "--out", tmp_path, *more)
+            assert_one_line(result, f"File too large: {tmp_path}/(detector.pt|scores.csv): check")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_bytes() == (trained / "runs/demo/detector.pt").read_bytes()

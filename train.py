@@ -4,7 +4,7 @@
 
     python train.py --data mvtec/ --category screw
     torchrun --nproc-per-node 8 train.py --data mvtec/ --category all
-    python train.py --normal photos/ --out runs/mine
+    python train.py --normal photos/good --out runs/mine
     python train.py --demo
 
 Writes detector.pt and history.json to runs/<category>; never opens the test folder. Run again, it
@@ -35,7 +35,7 @@ from gaussad import (AUGMENTATIONS, LOCAL, Check, FeatureExtractor, GaussianAD, 
                      error_line, fine_tune, hold_out, list_categories, list_images, list_samples,
                      load_images, load_plain, pick_device, save_plain, without_copies)  # fmt: skip
 
-ELSEWHERE = {"out", "device", "workers", "force", "demo"}  # options that change no result
+ELSEWHERE = {"data", "normal", "out", "device", "workers", "force", "demo"}  # change no result
 DEMO = {"backbone": "mobilenet_v2", "weights": "random", "levels": [3, 4, 7], "image_size": 128,
         "steps": 64, "out": Path("runs/demo")}  # no download; early levels see something even so
 COLUMNS = {"loss": "loss", "seconds": "seconds", "separation": "s", "gain": "gain",
@@ -101,6 +101,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if bool(args.data) != bool(args.category) or args.normal and not args.out:
         parser.error("--data goes with --category, and --normal with --out")
+    if args.normal and {"test", "ground_truth"} & {x.name for x in args.normal.glob("**/*/")}:
+        parser.error("--normal holds normal images alone: of a data set give --data and --category")
     if args.steps < 0 or not 0 <= args.lr < float("inf") or not 0 <= args.seed < 2**63:
         parser.error("--steps, --lr and --seed are 0 or more, and all are finite")
     if args.image_size < 32 or min(args.patience, args.batch_size, args.workers) < 1:
@@ -140,8 +142,7 @@ def train(args: Namespace, device: torch.device) -> None:
 
 def earlier_training(args: Namespace, images: Sequence[Path]) -> dict:
     """What training with the same settings has come to in the run's folder; else its beginning."""
-    settings = {key: str(value.resolve()) if isinstance(value, Path) else value
-                for key, value in vars(args).items() if key not in ELSEWHERE}  # fmt: skip
+    settings = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
     digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()  # files by their content
     settings["images"] = hashlib.sha256("".join(map(digest, images)).encode()).hexdigest()
     if Path(args.weights).is_file():
