@@ -839,11 +839,11 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
     parameters, are ours. The detector is the best one only where a check is kept: save it there.
 
     batches     images, or (images, label) pairs, that can be iterated again, such as a list or a
-                DataLoader. Torch's default generator is seeded before, so that it shuffles alike
+                DataLoader, which shuffles alike in each run if it has no generator of its own
     held_out    (N, 3, H, W) uint8, normal, not among the batches
     steps       at most; 0 fits the frozen network, and does not validate
-    state       of a check: goes on from it to the same bits, the other arguments being the same,
-                the detector too: not trained yet. ValueError for other images or detectors"""
+    state       of a check: goes on from it to the same bits. All else is as it was when the run
+                began, the detector not yet trained; ValueError for another, or for other images"""
     if steps < 0 or patience < 1 or not 0 <= lr < math.inf:
         raise ValueError("steps and rate are 0 or more, patience 1 or more, and all are finite")
     if steps == 0:
@@ -885,8 +885,8 @@ def fine_tune(detector: GaussianAD, batches: Iterable, held_out: Tensor, steps: 
 
 def _go_on(detector: GaussianAD, optimizer: torch.optim.Optimizer, state: dict,
            rank: float) -> tuple[int, int, Validation]:  # fmt: skip
-    """Put back what `state` holds; its step, the checks since the best one, and that one."""
-    if not math.isclose(rank, state["first_rank"], rel_tol=1e-3):  # a GPU does not give the same bits
+    """Put back what `state` holds: its step, how many checks ago the best one was, and that one."""
+    if not math.isclose(rank, state["first_rank"], rel_tol=1e-3):  # a GPU's bits differ
         raise ValueError("the state is of other images, or the detector is not as it was at first")
     detector.extractor.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
