@@ -110,8 +110,8 @@ def _is_image(path: Path) -> bool:
 
 
 def hold_out(samples: Sequence, seed: int = 0) -> tuple[list, list]:
-    """Normal samples, shuffled by `seed`: (those to fit, those held out). These are a fifth, but
-    16 at least, or half where that is less (*ours*). Raises ValueError for fewer than six."""
+    """Normal samples, shuffled by `seed`: (those to fit, those held out). Held out are a fifth, but
+    at least 16, or half if that is less (*ours*). Raises ValueError for fewer than six."""
     n = len(samples)
     if n < 6:
         raise ValueError(f"too few different normal images: {n}, and 6 are needed at the least")
@@ -156,9 +156,9 @@ def load_image(path: str | Path, size: int) -> Tensor:
 def load_mask(path: str | Path, size: int, image: str | Path | None = None) -> Tensor:
     """Read where a defect is: (size, size) bool, True if any source pixel within is of a defect.
 
-    That is what is opaque and not 0 (any channel, or a palette's index); where all that is opaque
-    is 0 and some is transparent, what is opaque. Of a folder, its masks together. Where EXIF turns
-    `image` a quarter, a mask of its raw size is turned with it. ValueError names the file."""
+    It is if it is opaque and a channel, or its palette index, is not 0; where all that is opaque is
+    0 and the rest transparent, if it is opaque. The masks of a folder are taken together. Where
+    EXIF turns `image` by a quarter, a mask of its raw size turns too. ValueError names the file."""
     if Path(path).is_dir():
         return torch.stack([load_mask(file, size, image) for file in list_images([path])]).any(0)
     with _opened(path) as file:
@@ -212,8 +212,8 @@ class FeatureExtractor(nn.Module):
     backbone    torchvision's name of an EfficientNet, MobileNet or ResNet (*abstract*: pre-trained
                 on ImageNet); or one's own network, as stages that are each fed by the one before
     levels      counted from 1: the children of torchvision's `features`, a ResNet's stem and four
-                stages, or one's own stages. By default those of stride 16 and more, of equal shapes
-                the last in a row (*ours*: earlier ones see light and pose; *earlier code*: all)
+                stages, or one's own stages. By default those of stride 16 and more, the last one of
+                equal shapes in a row (*ours*: earlier ones see light and pose; *earlier code*: all)
     weights     "imagenet": IMAGENET1K_V1, downloaded on first use; "random"; or the path of a state
                 dict, which may lack the classifier. One's own network brings its weights
     mean, std   per channel, of the images in [0, 1] that one's own network was trained on
@@ -522,9 +522,10 @@ class GaussianAD(nn.Module):
     def fit(self, batches: Iterable, maps: bool = True,
             moments: dict[str, Moments] | None = None) -> GaussianAD:  # fmt: skip
         """Fit the Gaussians, with or without those of maps, in one pass. Returns self.
-        Batches are normal images, or (images, label) pairs; moments, of images to be fitted as
-        well, are added to. A calibration is forgotten. Raises ValueError for fewer than three images
-        or several sizes, DegenerateError for features not finite or that do not vary."""
+        Batches are normal images, or (images, label) pairs; they are added to the moments, if any
+        are given, and all is fitted. An earlier calibration is forgotten. Raises ValueError for
+        fewer than three images or for several sizes, DegenerateError for features that are not
+        finite or do not vary."""
         moments = defaultdict(Moments) if moments is None else moments
         self.held_out = self.held_out[:0]
         for images in _images_of(batches):
