@@ -191,7 +191,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too big ({error}): shrink it, or cut it into tiles") from error
     except Exception as error:  # a decoder raises whatever it likes on a broken file
-        raise ValueError(f"cannot read the image {path}: {error or type(error)}") from error
+        told = f"cannot read the image {path}: {error or type(error)}; mend or remove it"
+        raise ValueError(told) from error
 
 
 def load_images(paths: Sequence[str | Path], size: int, workers: int = 2) -> Tensor:
