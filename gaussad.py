@@ -156,9 +156,10 @@ def load_image(path: str | Path, size: int) -> Tensor:
 def load_mask(path: str | Path, size: int, image: str | Path | None = None) -> Tensor:
     """Read where a defect is: (size, size) bool, True if any source pixel within is of a defect.
 
-    It is if it is opaque and a channel, or its palette index, is not 0; where all that is opaque is
-    0 and the rest transparent, if it is opaque. The masks of a folder are taken together. Where
-    EXIF turns `image` by a quarter, a mask of its raw size turns too. ValueError names the file."""
+    A source pixel is, if it is opaque and any channel, or its palette index, is not 0; if that is
+    none, and some are transparent, all opaque ones are. The masks of a folder are taken together.
+    Where EXIF turns `image` a quarter, a mask of its raw size turns too. ValueError names the file.
+    """
     if Path(path).is_dir():
         return torch.stack([load_mask(file, size, image) for file in list_images([path])]).any(0)
     with _opened(path) as file:
@@ -1076,7 +1077,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk's lacks it
+        if error.errno and not error.filename:  # as of a full disk
+            error.filename = str(path)
         raise
     finally:
         part.unlink(missing_ok=True)
