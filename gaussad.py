@@ -1021,7 +1021,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def error_line(error: Exception) -> str:
     """What a user can mend, in one line; any other error is raised again, for its traceback."""
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+    if _is_out_of_memory(error):
         return "out of memory: use smaller batches or smaller images"
     if not isinstance(error, (ValueError, OSError)):
         raise error
@@ -1032,7 +1032,8 @@ def error_line(error: Exception) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and "allocate" in str(error)  # torch's, CPU or GPU
+    of_torch = isinstance(error, RuntimeError) and "allocate" in str(error)  # on a CPU or a GPU
+    return of_torch or isinstance(error, MemoryError)
 
 
 def load_plain(path: str | Path) -> dict:
@@ -1046,12 +1047,10 @@ def load_plain(path: str | Path) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about files that it did not write
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
     except ImportError as error:
         raise ValueError(f"to read {path}, pip install safetensors") from error
     except Exception as error:  # the unpickler raises whatever it likes on other files
-        if _is_out_of_memory(error):
+        if isinstance(error, OSError) or _is_out_of_memory(error):
             raise
         told = f"{path} is not a file saved by torch.save, or damaged: give another, or remove it"
         raise ValueError(told) from error
