@@ -72,7 +72,7 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
         raise ValueError(f"no category {category!r} in {root}; there are: {', '.join(names)}")
     home, truth = Path(root, category, split), Path(root, category, "ground_truth")
     masks = {(path if path.is_dir() else path.with_suffix("")).relative_to(truth): path
-             for path in sorted(truth.rglob("*")) if path.is_dir() or _is_image(path)}  # fmt: skip
+             for path in _all_below(truth) if path.is_dir() or _is_image(path)}  # fmt: skip
     samples = []
     for folder in sorted(home.glob("[!.]*/")):
         defect = NORMAL if folder.name.lower() == NORMAL else folder.name
@@ -94,8 +94,7 @@ def list_images(paths: Sequence[str | Path]) -> list[Path]:
     Warns of other files. Raises ValueError for a path without an image."""
     images = []
     for path in map(Path, paths):
-        names = glob("**", root_dir=path, recursive=True)  # none that are hidden
-        files = sorted(path / name for name in names if (path / name).is_file())
+        files = list(filter(Path.is_file, _all_below(path)))
         found = [path] if path.is_file() else list(filter(_is_image, files))
         if not found:
             raise ValueError(f"no images at {path}: give image files, or folders of them")
@@ -103,6 +102,11 @@ def list_images(paths: Sequence[str | Path]) -> list[Path]:
             warnings.warn(f"files in {path} that are passed over, being no images: {others}")
         images += found
     return images
+
+
+def _all_below(folder: Path) -> list[Path]:
+    """Files and folders at any depth, in linked folders too, but none that are hidden; sorted."""
+    return sorted(folder / name for name in glob("**", root_dir=folder, recursive=True))
 
 
 def _is_image(path: Path) -> bool:

@@ -730,8 +730,9 @@ def test_samples_and_their_masks_are_found_by_the_conventions(tmp_path):
         if mask:
             draw(part / "ground_truth/cut" / mask)
     draw(part / "ground_truth/cut/f.1/001.png", 0)
-    (part / "test/cut/deep").rename(tmp_path / "elsewhere")
-    (part / "test/cut/deep").symlink_to(tmp_path / "elsewhere")
+    for split in ("test", "ground_truth"):
+        (part / split / "cut/deep").rename(tmp_path / f"linked_{split}")
+        (part / split / "cut/deep").symlink_to(tmp_path / f"linked_{split}")
     for other in ("train/Good/a.png", "train/bad/a.png", "test/GOOD/a.png", "test/ok/a.png",
                   "test/cut/.hidden.png", "test/cut/.checkpoints/a.png"):  # fmt: skip
         draw(part / other)

@@ -101,8 +101,6 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if bool(args.data) != bool(args.category) or args.normal and not args.out:
         parser.error("--data goes with --category, and --normal with --out")
-    if args.normal and {"test", "ground_truth"} & {x.name for x in args.normal.glob("**/*/")}:
-        parser.error("--normal holds normal images alone: of a data set give --data and --category")
     if args.steps < 0 or not 0 <= args.lr < float("inf") or not 0 <= args.seed < 2**63:
         parser.error("--steps, --lr and --seed are 0 or more, and all are finite")
     if args.image_size < 32 or min(args.patience, args.batch_size, args.workers) < 1:
@@ -125,6 +123,9 @@ def train(args: Namespace, device: torch.device) -> None:
     """Train one detector, or go on with it; a mistake of the user's leaves no folder behind."""
     paths = ([sample.path for sample in list_samples(args.data, args.category, "train")]
              if args.data else list_images([args.normal]))  # fmt: skip
+    if args.normal and any({"test", "ground_truth"} & {*x.relative_to(args.normal).parts}
+                           for x in paths):  # fmt: skip
+        raise ValueError("--normal holds normal images alone: of a data set give --data")
     training = earlier_training(args, paths)
     if training["finished"]:
         print(f"{args.out} is finished; --force trains it anew")
