@@ -6,22 +6,26 @@
     python evaluate.py --data mvtec/ --category all
     python evaluate.py --model runs/screw/detector.pt --images photos/new
 
-Reads runs/<category>/detector.pt; writes metrics.json, scores.csv, report.html and if asked for a
-folder of pictures beside it, and of several categories runs/results.json and results.csv. Of your
-own --images, scores and pictures go to runs/<category>/scored."""
+Reads runs/<category>/detector.pt; writes metrics.json, scores.csv and report.html, and if asked for
+a folder of pictures, beside it; for several categories also results.json, .csv and .html to runs.
+For your own --images, all but the metrics goes to a folder `scored` beside the detector."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
-import sys
 import warnings
-from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import RawDescriptionHelpFormatter as Formatter
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from html import escape
+from itertools import repeat
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -31,56 +35,66 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gaussad import (NORMAL, GaussianAD, Sample, atomic_path, aupro, auroc, error_line,
-                     list_categories, list_images, list_samples, load_image, load_mask, load_plain,
-                     pick_device)  # fmt: skip
+import gaussad
+from gaussad import NORMAL, FeatureExtractor, GaussianAD, Sample, auroc
+from train import FOLDERS, check_output, clear_evaluation, print_error, progress, run_program
 
-RESULTS = ("image_auroc", "image_auroc_from_map", "image_auroc_both", "pixel_auroc", "aupro",
-           "false_alarm_rate", "miss_rate", "f1")  # what is averaged over categories
-COLUMNS = ("path", "defect", "label", "verdict", "anomaly_score", "paper_score", "map_maximum")
+FIGURES = {
+    "image_auroc_both": "image AUROC, anomaly score (decides)",
+    "image_auroc": "image AUROC, pooled score",
+    "image_auroc_from_map": "image AUROC, maximum of the map",
+    "pixel_auroc": "pixel AUROC",
+    "aupro": "AU-PRO up to 30 % FPR",
+}
+RESULTS = (*FIGURES, "false_alarm_rate", "miss_rate", "f1")  # what is averaged over categories
+COLUMNS = ("path", "defect", "label", "verdict", "anomaly_score", "pooled_score", "map_maximum")
 SHOWN = 6  # pictures of a kind in the report
-GREEN, BLUE = (0, 200, 60), (40, 90, 255)  # outlines: the true defect, the predicted one
+TRUE, PREDICTED = (0, 235, 235), (0, 0, 0)  # outlines: cyan and black, which show on the heat map
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for. Returns the exit code."""
     args = parse(argv)
-    warnings.formatwarning = lambda message, *_: f"evaluate.py: {' '.join(str(message).split())}\n"
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names a terminal has no letters for
-    args.device = pick_device(args.device)
+    args.device = gaussad.pick_device(args.device)
     if args.images:
         return score_own(args)
-    names = list_categories(args.data) if args.category == ["all"] else args.category
-    several = len(names) > 1 or args.category == ["all"]
+    every = args.category == ["all"]
+    names = gaussad.list_categories(args.data) if every else list(dict.fromkeys(args.category))
+    several = len(names) > 1 or every
     root, metrics = args.out or Path("runs"), {}
     for name in names:
         try:
             metrics[name] = evaluate(args, name, root / name if several or not args.out else root)
         except Exception as error:
-            tell(f"{name}: {error_line(error)}")
+            print_error(error, name)
     if metrics and several:
         write_results(root, metrics)
     return 0 if metrics.keys() == set(names) else 2
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The options; wrong ones are told in one line, and end the program with exit code 2."""
-    parser = ArgumentParser(usage=SUPPRESS, description=__doc__,
-                            formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
-    add = parser.add_argument  # without a usage, an error is one line
+    """The options; a wrong one ends the program with one line and exit code 2."""
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__, formatter_class=Formatter)
+    add = parser.add_argument
     add("--data", type=Path, help="folder of the categories, in the MVTec AD layout")
     add("--category", nargs="+", metavar="NAME", help="folders in --data; all: every one")
     add("--images", type=Path, nargs="+", metavar="PATH", help="your own images, files or folders")
     add("--model", type=Path, help="detector, or folder of <category>/detector.pt (--out or runs)")
+    add("--backbone", metavar="FILE", help="the .py file of your own network, as for train.py")
     add("--out", type=Path, help="folder of the results (default: that of the detector)")
     add("--pictures", action="store_true", help="draw the anomaly map of each image")
-    add("--false-alarms", type=float, default=0.05, help="expected share, 0 to 1 (0.05)")
+    add("--false-alarms", type=float, default=0.05, help="expected fraction, 0 to 1 (0.05)")
     add("--batch-size", type=int, default=16, metavar="N", help="images in a batch (16)")
     add("--workers", type=int, default=2, metavar="N", help="threads that decode images (2)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto: a GPU if any)")
+    add("--image-size", help=SUPPRESS)
     args = parser.parse_args(argv)
-    if not 0 < args.false_alarms < 1 or min(args.batch_size, args.workers) < 1:
-        parser.error("--false-alarms is between 0 and 1, --batch-size and --workers 1 or more")
+    if args.image_size:
+        parser.error("--image-size is an option of train.py: the detector knows its size")
+    if not 0 < args.false_alarms < 1:
+        parser.error("--false-alarms must be between 0 and 1")
+    if min(args.batch_size, args.workers) < 1:
+        parser.error("--batch-size and --workers must be at least 1")
     own = args.images and args.model and not args.data and not args.category
     labelled = args.data and args.category and not args.images
     if not own and not labelled:
@@ -88,78 +102,93 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     return args
 
 
-def tell(error: str) -> None:
-    sys.stderr.write(f"evaluate.py: error: {error}\n")  # in one piece, as threads tell too
-
-
 def find_detector(model: Path | None, category: str, out: Path) -> Path:
-    """Where the detector of a category is; ValueError where there is none."""
-    places = ([model, model / category / "detector.pt", model / "detector.pt"] if model else
-              [out / "detector.pt", Path("runs", category, "detector.pt")])  # fmt: skip
+    """Where the detector of a category is; ValueError if there is none."""
+    places = [out / "detector.pt", Path("runs", category, "detector.pt")]
+    if model:
+        places = [model, model / category / "detector.pt", model / "detector.pt"]
     for path in filter(Path.is_file, places):
         return path
+    if found := sorted(path.parent.name for path in (model or out).glob("*/detector.pt")):
+        raise ValueError(f"{model or out} holds several detectors, name one: {', '.join(found)}")
     raise ValueError(f"no detector at {places[0]}: run train.py first, or name it by --model")
 
 
+def load_detector(path: Path, args: Namespace) -> tuple[GaussianAD, dict]:
+    """A detector and its training (no settings and checks if train.py did not make it)."""
+    content, extractor = gaussad.load_plain(path), None
+    if args.backbone:
+        extractor = FeatureExtractor(args.backbone, content.get("detector", {}).get("levels"))
+    training = {"settings": {}, "checks": [], "finished": True, **content.get("training", {})}
+    return GaussianAD.load(path, args.device, extractor), training
+
+
 class Scored(NamedTuple):
-    """An image and what a detector says of it; tensors are on the CPU."""
+    """An image and its results; tensors are on the CPU."""
 
     sample: Sample
     anomalous: bool  # as its folder says
     image: Tensor  # (3, H, W) uint8
     mask: Tensor  # (H, W) bool, where it is known to be anomalous
     anomaly_score: float
-    paper_score: float
+    pooled_score: float
     map_maximum: float
-    verdict: str  # "anomalous" or "normal"
     map: Tensor  # (H, W)
-    limits: list[float]  # of the map: where it is drawn yellow, where outlined, and where red
+    threshold: float  # of the anomaly score
+    limits: list[float]  # of the map: where heat begins, yellow; the outline; where heat is red
+
+    @property
+    def verdict(self) -> str:
+        return "anomalous" if self.anomaly_score > self.threshold else "normal"
 
 
 @torch.inference_mode()
 def score(detector: GaussianAD, samples: list[Sample], args: Namespace) -> Iterator[Scored]:
     """The images that can be read, in order."""
-    threshold, size = detector.threshold(args.false_alarms), detector.image_size[0]
-    limits = [detector.map_threshold(rate) for rate in (0.5, args.false_alarms, 0.01)]
-    read = lambda sample: load(sample, size, strict=args.data is not None)
+    threshold, maxima = detector.threshold(args.false_alarms), detector.held_out_scores[:, 1]
+    limits = [gaussad.tail_quantile(maxima, 1 - rate) for rate in (0.5, args.false_alarms, 0.01)]
+    read = lambda sample: load(sample, detector.image_size, strict=args.data is not None)
     with ThreadPoolExecutor(args.workers) as pool:
         for start in range(0, len(samples), args.batch_size):
             batch = [x for x in pool.map(read, samples[start : start + args.batch_size]) if x]
             if not batch:
                 continue
-            images = torch.stack([image for _, _, image, _ in batch]).to(args.device)
-            scores, maps = detector.scores_and_maps(images)
-            both = detector.anomaly_score(scores, maps)
-            values = [x.tolist() for x in (both, scores, maps.amax((1, 2)))]
-            called = ["anomalous" if above else "normal" for above in both > threshold]
-            yield from map(Scored, *zip(*batch), *values, called, maps.cpu(), [limits] * len(batch))
+            scores, maps = detector.scores_and_maps(torch.stack([x[2] for x in batch]))
+            anomaly_scores = detector.anomaly_score(scores, maps)
+            values = (x.tolist() for x in (anomaly_scores, scores, maps.amax((1, 2))))
+            rest = maps.cpu(), repeat(threshold), repeat(limits)
+            yield from map(Scored, *zip(*batch), *values, *rest)
+            progress(f"{start + len(batch)} of {len(samples)} images scored")
+    progress("")
 
 
-def load(sample: Sample, size: int, strict: bool) -> tuple | None:
+def load(sample: Sample, size: list[int], strict: bool) -> tuple | None:
     """(sample, anomalous, image, mask); of a bad file ValueError if `strict`, or else None."""
-    empty = torch.zeros(size, size, dtype=torch.bool)
+    anomalous, mask = sample.defect != NORMAL, torch.zeros(size, dtype=torch.bool)
     try:
-        mask = load_mask(sample.mask, size, sample.path) if sample.mask else empty
-        return sample, sample.defect != NORMAL, load_image(sample.path, size), mask
+        if sample.mask and anomalous:
+            mask = gaussad.load_mask(sample.mask, size, sample.path)
+        return sample, anomalous, gaussad.load_image(sample.path, size), mask
     except ValueError as error:
         if strict:
             raise
-        tell(error_line(error))
+        print_error(error)
         return None
 
 
 def score_all(out: Path, detector: GaussianAD, samples: list, args: Namespace) -> list[Scored]:
     """Write scores.csv, and pictures numbered as its rows. Returns the images that can be read;
-    one's own without tensors, as there may be many."""
+    your own without tensors, as there may be many."""
     images, rows = [], [COLUMNS]
     for number, x in enumerate(score(detector, samples, args), start=1):
-        label = int(x.anomalous) if args.data else None
-        rows.append((x.sample.path.as_posix(), x.sample.defect, label, x.verdict, x.anomaly_score,
-                     x.paper_score, x.map_maximum))  # fmt: skip
+        label, path = int(x.anomalous) if args.data else None, x.sample.path.absolute()
+        rows.append((path.as_posix(), x.sample.defect, label, x.verdict, *x[4:7]))
         if args.pictures:
-            name = f"{number:03d}_{x.sample.path.parent.name}_{x.sample.path.stem}"[:50]
-            (out / "pictures").mkdir(parents=True, exist_ok=True)
-            with atomic_path(out / f"pictures/{name}.png") as part:
+            if number == 1:
+                clear_evaluation(out, files=())
+                (out / "pictures").mkdir(parents=True, exist_ok=True)
+            name = f"{number:03d}_{path.parent.name}_{path.stem}"[:50]
+            with gaussad.atomic_path(out / f"pictures/{name}.png") as part:
                 picture(x).save(part, "PNG")
         images.append(x if args.data else x._replace(image=None, mask=None, map=None))
     if not images:
@@ -169,15 +198,21 @@ def score_all(out: Path, detector: GaussianAD, samples: list, args: Namespace) -
 
 
 def score_own(args: Namespace) -> int:
-    """Score images of no data set; print score, verdict and path of each. Returns the exit code."""
+    """Score images of no data set, most anomalous first. Returns the exit code."""
     path = find_detector(args.model, "", Path())
     out = args.out or path.parent / "scored"
-    detector = GaussianAD.load(path, args.device)
-    samples = [Sample(image, "", None) for image in list_images(args.images)]
-    images = score_all(out, detector, samples, args)
+    check_output(out, filter(Path.is_dir, args.images))
+    samples = [Sample(image, "", None) for image in gaussad.list_images(args.images)]
+    detector, _ = load_detector(path, args)
+    images = sorted(score_all(out, detector, samples, args), key=lambda x: -x.anomaly_score)
     for x in images:
         print(f"{x.anomaly_score:8.2f} {x.verdict:<9} {x.sample.path}")
-    print(f"The threshold is {detector.threshold(args.false_alarms):.2f}. scores.csv is in {out}")
+    n, threshold = sum(x.verdict != "normal" for x in images), detector.threshold(args.false_alarms)
+    words = f"{n} of {len(images)} images are anomalous: they score above {threshold:.2f}."
+    top = list(score(detector, [x.sample for x in images[: 2 * SHOWN]], args))
+    body = f"<p class=lead>{words}</p>{histogram({'images': images}, threshold)}"
+    write(out / "report.html", page("Scored images", body + pictures({"most anomalous": top})))
+    print(f"{words} Report: {out / 'report.html'}")
     return 0 if len(images) == len(samples) else 2
 
 
@@ -185,62 +220,109 @@ def evaluate(args: Namespace, category: str, out: Path) -> dict:
     """Score and measure a category; write and print what is found. Returns the metrics."""
     path = find_detector(args.model, category, out)
     out = out if args.out else path.parent
-    training = {"settings": {}, "checks": [], **load_plain(path).get("training", {})}
+    check_output(out, [args.data / category / name for name in FOLDERS])
+    detector, training = load_detector(path, args)
     trained_on = training["settings"].get("category")
     if trained_on not in (None, category):
         raise ValueError(f"{path} is the detector of {trained_on!r}, not of {category!r}")
-    detector = GaussianAD.load(path, args.device)
-    images = score_all(out, detector, list_samples(args.data, category, "test"), args)
-    metrics = measure(images, detector, args.false_alarms)
-    if n := metrics["n_without_mask"]:
-        warnings.warn(f"{category}: pixel figures leave out anomalous images without a mask, or "
-                      f"with an empty one: {n}. It is ground_truth/<defect>/<stem>_mask.png")
-    metrics["best_step"] = max((c["step"] for c in training["checks"] if c["kept"]), default=None)
-    rows = [(key, value) for key, value in metrics.items() if not isinstance(value, dict)]
-    rows += [(f"image_auroc_both, {k}", v) for k, v in metrics["image_auroc_per_defect"].items()]
-    title = category if training.get("finished", True) else f"{category}: training is not finished"
-    figures = table(rows)
+    samples = gaussad.list_samples(args.data, category, "test")
+    images = score_all(out, detector, samples, args)
+    for message in contradictions(images):
+        warnings.warn(f"{category}: {message}")
+    metrics = measure(images, detector, args.false_alarms) | {
+        "best_step": max((x["step"] for x in training["checks"] if x["kept"]), default=None),
+        "backbone": training["settings"].get("backbone", detector.extractor.backbone),
+        "image_size": detector.image_size,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "detector": path.as_posix(),
+        "detector_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    words = in_words(images, metrics) + " Training is not finished." * (not training["finished"])
     write(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write(out / "report.html", report(title, figures, metrics, training["checks"], images))
-    print(title, figures, f"metrics.json, scores.csv and report.html are in {out}", sep="\n")
+    write(out / "report.html", report(category, words, metrics, training["checks"], images))
+    print(category, table([(title, metrics[key]) for key, title in FIGURES.items()]), sep="\n")
+    print(f"{words} Report: {out / 'report.html'}")
     return metrics
 
 
+def contradictions(images: list[Scored]) -> Iterator[str]:
+    """What is odd about the test images and their masks, each with a count."""
+    defective, stems = [x for x in images if x.anomalous], {x.sample.path.stem for x in images}
+    if len(defective) in (0, len(images)):
+        yield "good and defective test images are needed for figures that are missing"
+    if n := sum(not x.mask.any() for x in defective):
+        place = "it is ground_truth/<defect>/<stem>_mask.png"
+        yield f"pixel figures leave out {n} images whose mask is missing or empty: {place}"
+    if n := sum(x.mask.float().mean().item() > 0.5 for x in defective):
+        yield f"{n} masks mark more than half of their image; are they inverted? 0 is normal"
+    if n := sum(x.sample.mask is not None for x in images if not x.anomalous):
+        yield f"{n} masks of good images are ignored; are these images in the right folder?"
+    if n := sum(f"{stem}_mask" in stems for stem in stems):
+        yield f"{n} masks lie among the images and are scored; move them to ground_truth"
+
+
 def measure(images: list[Scored], detector: GaussianAD, false_alarms: float) -> dict:
-    """All of metrics.json but the best step; None for what there are no images for."""
-    scores = [(x.paper_score, x.map_maximum, x.anomaly_score) for x in images]
-    paper, maxima, both = torch.tensor(scores, dtype=torch.float64).T
+    """The figures of metrics.json; None where undefined."""
+    anomaly, pooled, maxima = torch.tensor([x[4:7] for x in images], dtype=torch.float64).T
     labels = torch.tensor([x.anomalous for x in images])
-    masks = torch.stack([x.mask for x in images])
-    known = ~labels | masks.any((1, 2))
-    maps, masks = torch.stack([x.map for x in images])[known], masks[known]
-    if_any = lambda metric, x, truth: metric(x, truth) if truth.any() and not truth.all() else None
-    of_defect = {}
+    known = [x for x in images if x.mask.any() or not x.anomalous]
+    maps = torch.stack([x.map for x in known]) if known else torch.zeros(0)
+    masks = torch.stack([x.mask for x in known]) if known else torch.zeros(0)
+    defined = lambda metric, x, truth: metric(x, truth) if 0 < truth.sum() < truth.numel() else None
+    area, missed = {}, {}
     for defect in sorted({x.sample.defect for x in images if x.anomalous}):
         chosen = torch.tensor([x.sample.defect in (NORMAL, defect) for x in images])
-        of_defect[defect] = if_any(auroc, both[chosen], labels[chosen])
-    return {"image_auroc": if_any(auroc, paper, labels),
-            "image_auroc_from_map": if_any(auroc, maxima, labels),
-            "image_auroc_both": if_any(auroc, both, labels), "image_auroc_per_defect": of_defect,
-            "pixel_auroc": if_any(auroc, maps, masks), "aupro": if_any(aupro, maps, masks),
-            **judge(both, labels, detector.threshold(false_alarms)),
-            "at_false_alarms": {str(rate): judge(both, labels, detector.threshold(rate))
-                                for rate in (0.01, 0.05, 0.1)},
-            "n_normal": int((~labels).sum()), "n_anomalous": int(labels.sum()),
-            "n_without_mask": int((~known).sum())}  # fmt: skip
+        area[defect] = defined(auroc, anomaly[chosen], labels[chosen])
+        verdicts = [x.verdict for x in images if x.sample.defect == defect]
+        missed[defect] = verdicts.count("normal") / len(verdicts)
+    at = {rate: judge(anomaly, labels, detector.threshold(rate)) for rate in (0.01, 0.05, 0.1)}
+    return {
+        "image_auroc": defined(auroc, pooled, labels),
+        "image_auroc_from_map": defined(auroc, maxima, labels),
+        "image_auroc_both": defined(auroc, anomaly, labels),
+        "image_auroc_per_defect": area,
+        "miss_rate_per_defect": missed,
+        "pixel_auroc": defined(auroc, maps, masks),
+        "aupro": defined(gaussad.aupro, maps, masks),
+        "expected_false_alarms": false_alarms,
+        **judge(anomaly, labels, detector.threshold(false_alarms)),
+        "at_false_alarms": {str(rate): found for rate, found in at.items()},
+        "n_normal": int((~labels).sum()),
+        "n_anomalous": int(labels.sum()),
+        "n_without_mask": len(images) - len(known),
+    }
 
 
 def judge(scores: Tensor, labels: Tensor, threshold: float) -> dict:
     """What a threshold gives; F1 = 2 hits / (2 hits + misses + false alarms)."""
     above = scores > threshold
     hits, alarms = above[labels], above[~labels]
-    share = lambda part: part.double().mean().item() if len(part) else None
+    rate = lambda part: part.double().mean().item() if len(part) else None
     f1 = 2 * int(hits.sum()) / (int(above.sum()) + len(hits)) if len(hits) else None
-    return dict(threshold=threshold, false_alarm_rate=share(alarms), miss_rate=share(~hits), f1=f1)
+    rates = {"false_alarm_rate": rate(alarms), "miss_rate": rate(~hits)}
+    return {"threshold": threshold, **rates, "f1": f1}
+
+
+def in_words(images: list[Scored], metrics: dict) -> str:
+    """How good the detector is, for somebody who does not know AUROC."""
+    n_of = lambda anomalous: Counter(x.sample.defect for x in images if x.anomalous == anomalous)
+    wrong = [x for x in images if x.anomalous != (x.verdict == "anomalous")]
+    misses = Counter(x.sample.defect for x in wrong if x.anomalous)
+    good, defective, alarms = n_of(False).total(), n_of(True).total(), len(wrong) - misses.total()
+    words = (
+        f"{defective - misses.total()} of {defective} defective images found, {alarms} of {good}"
+    )
+    rate = f"{100 * metrics['expected_false_alarms']:g} %"
+    words += f" good ones rejected, at {rate} expected false alarms"
+    if misses:
+        kinds = ", ".join(f"{n} of {n_of(True)[kind]} {kind}" for kind, n in misses.most_common())
+        at_10 = round(defective * metrics["at_false_alarms"]["0.1"]["miss_rate"])
+        words += f"; missed: {kinds}; at 10 % {at_10} would be missed"
+    return f"{words}."
 
 
 def write_results(root: Path, metrics: dict[str, dict]) -> None:
-    """Write results.json and results.csv: categories, their mean and its standard error."""
+    """Write results.json, .csv and .html: categories, their mean and its standard error."""
     found = {name: {key: values[key] for key in RESULTS} for name, values in metrics.items()}
     mean, error = {}, {}
     for key in RESULTS:
@@ -249,25 +331,31 @@ def write_results(root: Path, metrics: dict[str, dict]) -> None:
         error[key] = stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
     of_all = {"mean": mean, "standard_error": error}
     write(root / "results.json", json.dumps({"categories": found, **of_all}, indent=2) + "\n")
-    rows = [(name, *row.values()) for name, row in [*found.items(), *of_all.items()]]
-    write_csv(root / "results.csv", [("category", *RESULTS), *rows])
-    print(table([("category", *RESULTS), *rows]))
-    print(f"results.json and results.csv are in {root}")
+    rows = [("category", *RESULTS)]
+    rows += [(name, *row.values()) for name, row in [*found.items(), *of_all.items()]]
+    write_csv(root / "results.csv", rows)
+    links = "".join(f"<li><a href='{escape(x)}/report.html'>{escape(x)}</a>" for x in found)
+    write(root / "results.html", page("Results", html_table(rows) + f"<ul>{links}</ul>"))
+    print(table(rows), f"results.json, .csv and .html are in {root}", sep="\n")
+
+
+def shown(x: object) -> str:
+    """A cell of a table; "-" for None."""
+    return f"{x:.3f}" if isinstance(x, float) else "-" if x is None else str(x)
 
 
 def table(rows: list[tuple]) -> str:
-    """Rows in columns of text, "-" for None."""
-    shown = lambda x: f"{x:.3f}" if isinstance(x, float) else "-" if x is None else str(x)
+    """Rows in columns of text."""
     rows = [[shown(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-    return "\n".join(row[0].ljust(widths[0]) + "".join(map(str.rjust, row[1:], widths[1:]))
-                     for row in rows)  # fmt: skip
+    cells = lambda row: (x.rjust(width) for x, width in zip(row[1:], widths[1:]))
+    return "\n".join(row[0].ljust(widths[0]) + "".join(cells(row)) for row in rows)
 
 
 def write(path: Path, content: str) -> None:
     """Write a file, and make the folder that it lies in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as part:  # names of files are written as the file system has them
+    with gaussad.atomic_path(path) as part:  # file names are written as the file system has them
         part.write_text(content, encoding="utf-8", errors="surrogateescape", newline="")
 
 
@@ -277,6 +365,9 @@ def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
     write(path, content.getvalue())
 
 
+# ---- Pictures and the report -------------------------------------------------------------------
+
+
 def picture(x: Scored) -> Image.Image:
     """The image, and beside it the same under its map, with the true and the predicted outline."""
     yellow, limit, red = x.limits
@@ -284,77 +375,184 @@ def picture(x: Scored) -> Image.Image:
     plain = x.image.permute(1, 2, 0).numpy()
     colour = np.concatenate([0 * heat + 255, 255 * (1 - heat), 0 * heat], -1)
     painted = plain + (colour - plain) * 0.7 * heat**0.5
-    for region, colour in ((x.map > limit, BLUE), (x.mask, GREEN)):
-        inner = -torch.nn.functional.max_pool2d(-region[None].float(), 3, stride=1, padding=1)[0]
-        painted[(region & (inner == 0)).numpy()] = colour
-    return Image.fromarray(np.concatenate([plain, painted.round().astype(np.uint8)], 1))
+    for region, colour in ((x.map > limit, PREDICTED), (x.mask, TRUE)):
+        painted[outline(region).numpy()] = colour
+    gap = np.full_like(plain[:, :6], 255)
+    return Image.fromarray(np.concatenate([plain, gap, painted.round().astype(np.uint8)], 1))
 
 
-STYLE = """body { font: 16px/1.5 system-ui; max-width: 1100px; margin: auto; padding: 1em }
-pre { font-size: min(14px, 2.8vw); overflow-x: auto } p, figcaption { overflow-wrap: break-word }
-figure { display: inline-block; width: 540px; max-width: 100%; margin: 0 6px 1em 0 }
-img, svg { width: 100% } svg { height: 20px; overflow: visible } path + path { stroke: black }
-path { stroke: #c43c00; stroke-width: 2; vector-effect: non-scaling-stroke }"""
+def outline(region: Tensor) -> Tensor:
+    """The pixels of a region (H, W) that are at most two from its edge."""
+    outside = 1 - region[None].float()
+    near = torch.nn.functional.max_pool2d(outside, 5, stride=1, padding=2)[0]
+    return region & (near > 0)
 
 
-def report(title: str, figures: str, metrics: dict, checks: list, images: list[Scored]) -> str:
-    """All that was found of a category, as a page of HTML that needs no other file."""
-    thresholds = [("expected", "threshold", "false alarms", "misses", "F1")]
-    thresholds += [(rate, *found.values()) for rate, found in metrics["at_false_alarms"].items()]
-    keys = ("step", "loss", "separation", "gain", "standard_error", "effective_rank")
-    steps = [keys, *([check.get(key) for key in keys] for check in checks)]
+STYLE = """:root { color-scheme: light dark } svg { width: 100%; max-height: 320px }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: auto; padding: 1em }
+.lead { font-size: 1.25em } .figures, .charts, .pictures { display: grid; gap: 1em 2em }
+.figures { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)) }
+.pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) }
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)) }
+.figures b { font-size: 2em; display: block } figure { margin: 0 } img { width: 100% }
+figure, table, svg, h2 { break-inside: avoid } h2, h3 { break-after: avoid }
+figcaption, p, td { overflow-wrap: anywhere } td, th { padding: 0 1em 0 0; text-align: right }
+td:first-child, th:first-child { text-align: left } .scroll { overflow-x: auto }
+text { font-size: 12px; fill: currentColor } .good { fill: #0072b2; background: #0072b2 }
+.bad { fill: #d55e00; background: #d55e00 } i { padding: 0 .5em; margin: 0 .2em 0 .6em }
+path, polyline { fill: none; stroke: currentColor; stroke-width: 2 }
+svg svg * { vector-effect: non-scaling-stroke } .kept { stroke-width: 9; stroke-linecap: round }"""
+
+
+def page(title: str, body: str) -> str:
+    """A page of HTML that needs no other file and no script."""
+    head = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width="
+    head += f"device-width'><title>{escape(title)}</title><style>{STYLE}</style>"
+    return f"{head}<h1>{escape(title)}</h1>{body}\n"
+
+
+def report(category: str, words: str, metrics: dict, checks: list, images: list[Scored]) -> str:
+    """All that was found of a category, as one page."""
+    percent = lambda x: "-" if x is None else f"{100 * x:.1f} %"
+    figures = (
+        f"<div><b>{percent(metrics[key])}</b>{title}</div>" for key, title in FIGURES.items()
+    )
+    rows = [("defect", "images", "found", "missed", "AUROC")]
+    for defect, rate in metrics["miss_rate_per_defect"].items():
+        n = sum(x.sample.defect == defect for x in images)
+        missed, area = round(rate * n), percent(metrics["image_auroc_per_defect"][defect])
+        rows.append((defect, n, n - missed, missed, area))
+    thresholds = [("expected false alarms", "threshold", "false alarms", "missed", "F1")]
+    for rate, found in metrics["at_false_alarms"].items():
+        threshold, *rates = found.values()
+        thresholds.append((percent(float(rate)), threshold, *map(percent, rates)))
     ranked = sorted(images, key=lambda x: -x.anomaly_score)
-    near = sorted(ranked, key=lambda x: abs(x.anomaly_score - metrics["threshold"]))
-    kinds = {"Worst misses": [x for x in ranked[::-1] if x.anomalous and x.verdict == "normal"],
-             "Worst false alarms": [x for x in ranked if not x.anomalous and x.verdict != "normal"],
-             "Most anomalous": ranked,
-             "Normal, nearest to the threshold": [x for x in near if not x.anomalous]}  # fmt: skip
-    pictures = "".join(f"<h3>{kind}</h3>{''.join(map(figure, chosen[:SHOWN]))}"
-                       for kind, chosen in kinds.items() if chosen)  # fmt: skip
-    return f"""<!doctype html><html lang=en><meta charset=utf-8>
-<meta name=viewport content="width=device-width"><title>{escape(title)}</title>
-<style>{STYLE}</style><h1>{escape(title)}</h1><pre>{escape(figures)}</pre>
-<p>Images are ranked by the paper's score, by the map's maximum (from_map) and by both, the anomaly
-score. AU-PRO is up to 30 % false positives. Pixel figures leave out anomalous images without a mask
-or with an empty one (n_without_mask).<h2>Thresholds</h2>
-<p>The share of false alarms expected from held-out normal images, and what each threshold gives.
-<pre>{table(thresholds)}</pre><h2>Anomaly scores</h2>
-<p>Each mark is an image; those to the right of the black one, the threshold
-{metrics["threshold"]:.2f}, are called anomalous. {strips(images, metrics["threshold"])}
-<h2>Training</h2><p>The separation s is how far augmented images score above held-out normal ones;
-its gain, with a standard error, is over the best before. <pre>{table(steps)}</pre><h2>Pictures</h2>
-<p>Beside each image the same under its anomaly map, yellow above the maximum of half of the normal
-maps, red above that of all but 1&nbsp;%. Outlined are the predicted defect (blue) and the true one
-(green). {pictures}"""
+    good, defective = ([x for x in ranked if x.anomalous == of] for of in (False, True))
+    kinds = {
+        "misses, worst first": [x for x in defective[::-1] if x.verdict == "normal"],
+        "false alarms, worst first": [x for x in good if x.verdict == "anomalous"],
+        "defective images that were found, clearest first": [
+            x for x in defective if x.verdict != "normal"
+        ],
+        "good images, most anomalous first": [x for x in good if x.verdict == "normal"],
+    }
+    charts = histogram({"good": good, "defective": defective}, metrics["threshold"])
+    charts += roc(good, defective) + training_curve(checks)
+    keys = (
+        "backbone",
+        "image_size",
+        "best_step",
+        "n_normal",
+        "n_anomalous",
+        "date",
+        "detector_sha256",
+    )
+    return page(
+        category,
+        f"<p class=lead>{escape(words)}</p><div class=figures>{''.join(figures)}</div>"
+        f"<h2>Kinds of defect</h2>{html_table(rows)}<div class=charts>{charts}</div>"
+        f"{pictures(kinds)}<h2>Other thresholds</h2>{html_table(thresholds)}"
+        f"<h2>Details</h2>{html_table([(key, shown(metrics[key])) for key in keys])}",
+    )
+
+
+def html_table(rows: list[tuple]) -> str:
+    """Rows in a table, the first of them as a header if there are more than two columns."""
+    tags = ["th" if len(rows[0]) > 2 else "td", *["td"] * (len(rows) - 1)]
+    cells = lambda tag, row: "".join(f"<{tag}>{escape(shown(cell))}" for cell in row)
+    html = "".join(f"<tr>{cells(tag, row)}" for tag, row in zip(tags, rows))
+    return f"<div class=scroll><table>{html}</table></div>"
+
+
+def pictures(kinds: dict[str, list[Scored]]) -> str:
+    """Some pictures of each kind that has images."""
+    html = (
+        "<h2>Pictures</h2><p>Beside each image the same under its anomaly map. Yellow is what half "
+        "of the normal images reach at their most anomalous place, red what 1 % of them reach. "
+        "Outlined are the predicted defect (black) and the true one (cyan)."
+    )
+    for kind, images in kinds.items():
+        if images:
+            title = f"{min(len(images), SHOWN)} of {len(images)} {kind}"
+            html += (
+                f"<h3>{title}</h3><div class=pictures>{''.join(map(figure, images[:SHOWN]))}</div>"
+            )
+    return html
 
 
 def figure(x: Scored) -> str:
-    """A picture with its caption, in HTML."""
+    """A picture with its caption."""
     path, buffer = x.sample.path, io.BytesIO()
     picture(x).save(buffer, "JPEG", quality=90)
     data = b64encode(buffer.getvalue()).decode()
-    caption = escape(f"{path.parent.name}/{path.name}: {x.anomaly_score:.1f}, called {x.verdict}")
-    return (f'<figure><img src="data:image/jpeg;base64,{data}" alt="">'
-            f"<figcaption>{caption}</figcaption></figure>")  # fmt: skip
+    name = escape(f"{path.parent.name}/{path.name}")
+    image = f'<img src="data:image/jpeg;base64,{data}" alt="{name} and its anomaly map">'
+    caption = f"{name}: {x.verdict}, score {x.anomaly_score:.1f}, threshold {x.threshold:.1f}"
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def strips(images: list[Scored], threshold: float) -> str:
-    """A row for each kind of image, a mark in it for each image, and one at the threshold: SVG."""
-    values = [threshold, *(x.anomaly_score for x in images)]
-    box = f"{min(values)} 0 {max(values) - min(values)} 1"
-    rows = ""
-    for _, kind in sorted({(x.anomalous, x.sample.defect) for x in images}):
-        marks = "".join(f"M{x.anomaly_score} 0v1" for x in images if x.sample.defect == kind)
-        rows += (f"<p>{escape(kind)}<svg viewBox='{box}' preserveAspectRatio=none>"
-                 f"<path d='{marks}' /><path d='M{threshold} 0v1' /></svg>")  # fmt: skip
-    return rows
+def histogram(images: dict[str, list[Scored]], threshold: float) -> str:
+    """How many images of each kind, good first, have which anomaly score."""
+    values = [[x.anomaly_score for x in found] for found in images.values()]
+    edges = np.histogram_bin_edges([threshold, *sum(values, [])], 40)
+    width, top, marks, legend = edges[1] - edges[0], 1, "", ""
+    for colour, kind, found in zip(("good", "bad"), images, values):
+        legend += f"<i class={colour}></i>{kind}"
+        for left, n in zip(edges, np.histogram(found, edges)[0]):
+            size = f'x="{left}" y="{-n}" width="{width}" height="{n}"'
+            marks, top = f'{marks}<rect class={colour} {size} opacity=".7"/>', max(top, n)
+    marks += f'<path d="M{threshold} 0V{-top}"/>'
+    title = f"Scores{legend}, line: threshold"
+    return chart(title, marks, (edges[0], edges[-1]), (0, top), "anomaly score", "images")
+
+
+def roc(good: list[Scored], defective: list[Scored]) -> str:
+    """The ROC curve of the anomaly score."""
+    if not good or not defective:
+        return ""
+    scores = [np.sort([x.anomaly_score for x in found]) for found in (good, defective)]
+    thresholds = np.unique([np.inf, *scores[0], *scores[1]])
+    x, y = (100 - 100 * np.searchsorted(found, thresholds) / len(found) for found in scores)
+    marks = polyline(zip(x, y))
+    return chart("ROC curve", marks, (0, 100), (0, 100), "good rejected, %", "defective found, %")
+
+
+def training_curve(checks: list[dict]) -> str:
+    """The validator's AUROC over the steps of training, with a dot where a check was kept."""
+    if len(checks) < 2:
+        return ""
+    points = {check["step"]: 100 * check["auroc"] for check in checks}
+    dots = (
+        f'<path class=kept d="M{x["step"]} {-points[x["step"]]}h0"/>' for x in checks if x["kept"]
+    )
+    marks, span = (
+        polyline(points.items()) + "".join(dots),
+        (min(points.values()), max(points.values())),
+    )
+    title = "Training (dots: kept)"
+    return chart(title, marks, (0, max(points)), span, "step", "AUROC against augmented, %")
+
+
+def polyline(points: Iterable[tuple[float, float]]) -> str:
+    return f'<polyline points="{" ".join(f"{x},{-y}" for x, y in points)}"/>'
+
+
+def chart(title: str, marks: str, x: tuple, y: tuple, x_label: str, y_label: str) -> str:
+    """A chart in SVG, with marks in the units of the data, but y upside down."""
+    ticks, label = "", "<text text-anchor=middle transform="
+    for part, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
+        at_x, at_y = (f"{low + part * (high - low):.3g}" for low, high in (x, y))
+        ticks += f"<text x={50 + 360 * part} y=226 text-anchor={anchor}>{at_x}</text>"
+        ticks += f"<text x=44 y={212 - 196 * part} text-anchor=end>{at_y}</text>"
+    box = f"{x[0]} {-y[1]} {x[1] - x[0]} {y[1] - y[0]}"
+    return (
+        f"<div><h3>{title}</h3><svg viewBox='0 0 420 246' role=img aria-label='{y_label} against "
+        f"{x_label}'><path d='M50 10V210H410'/>{ticks}{label}'translate(230 243)'>{x_label}</text>"
+        f"{label}'translate(10 110) rotate(-90)'>{y_label}</text><svg x=50 y=10 width=360 "
+        f"height=200 preserveAspectRatio=none overflow=visible viewBox='{box}'>{marks}</svg></svg>"
+        "</div>"
+    )
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        tell(error_line(error))
-        sys.exit(2)
+    run_program(main)
