@@ -559,7 +559,8 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     binary = ((labels == 0) | (labels == 1)).all()
     if scores.shape != labels.shape or scores.isnan().any() or not binary:
         raise ValueError("AUROC needs one label, 0 or 1, for each score, and no NaN")
-    anomalous, normal = scores[labels == 1], scores[labels == 0].sort()[0]
+    anomalous = scores.masked_select(labels == 1)  # indexing would take twice the memory
+    normal = scores.masked_select(labels == 0).sort()[0]
     if not len(anomalous) or not len(normal):
         raise ValueError(f"AUROC needs both classes: {len(normal)} normal, {len(anomalous)} not")
     below = torch.searchsorted(normal, anomalous).sum()
@@ -582,7 +583,8 @@ def aupro(maps: Tensor, masks: Tensor, fpr_limit: float = 0.3) -> float:
     binary = ((masks == 0) | (masks == 1)).all()
     if maps.ndim != 3 or maps.shape != masks.shape or maps.isnan().any() or not binary:
         raise ValueError("AU-PRO needs maps without NaN and masks of 0 and 1, both (N, H, W)")
-    anomalous, normal = maps[masks == 1], maps[masks == 0].sort()[0]
+    anomalous = maps.masked_select(masks == 1)
+    normal = maps.masked_select(masks == 0).sort()[0]
     if not len(anomalous) or not len(normal) or not 0 < fpr_limit <= 1:
         raise ValueError("AU-PRO needs anomalous and normal pixels, and a limit in (0, 1]")
     f0 = 1 - torch.searchsorted(normal, anomalous, right=True).double() / len(normal)
