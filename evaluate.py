@@ -13,7 +13,6 @@ For your own --images, all but the metrics goes to a folder `scored` beside the 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import warnings
@@ -36,8 +35,8 @@ from PIL import Image
 from torch import Tensor
 
 import gaussad
+import train
 from gaussad import NORMAL, FeatureExtractor, GaussianAD, Sample, auroc
-from train import FOLDERS, check_output, clear_evaluation, print_error, progress, run_program
 
 FIGURES = {
     "image_auroc_both": "image AUROC, anomaly score (decides)",
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             metrics[name] = evaluate(args, name, root / name if several or not args.out else root)
         except Exception as error:
-            print_error(error, name)
+            train.print_error(error, name)
     if metrics and several:
         write_results(root, metrics)
     return 0 if metrics.keys() == set(names) else 2
@@ -158,8 +157,8 @@ def score(detector: GaussianAD, samples: list[Sample], args: Namespace) -> Itera
             values = (x.tolist() for x in (anomaly_scores, scores, maps.amax((1, 2))))
             rest = maps.cpu(), repeat(threshold), repeat(limits)
             yield from map(Scored, *zip(*batch), *values, *rest)
-            progress(f"{start + len(batch)} of {len(samples)} images scored")
-    progress("")
+            train.progress(f"{start + len(batch)} of {len(samples)} images scored")
+    train.progress("")
 
 
 def load(sample: Sample, size: list[int], strict: bool) -> tuple | None:
@@ -172,7 +171,7 @@ def load(sample: Sample, size: list[int], strict: bool) -> tuple | None:
     except ValueError as error:
         if strict:
             raise
-        print_error(error)
+        train.print_error(error)
         return None
 
 
@@ -185,7 +184,7 @@ def score_all(out: Path, detector: GaussianAD, samples: list, args: Namespace) -
         rows.append((path.as_posix(), x.sample.defect, label, x.verdict, *x[4:7]))
         if args.pictures:
             if number == 1:
-                clear_evaluation(out, files=())
+                train.clear_evaluation(out, files=())
                 (out / "pictures").mkdir(parents=True, exist_ok=True)
             name = f"{number:03d}_{path.parent.name}_{path.stem}"[:50]
             with gaussad.atomic_path(out / f"pictures/{name}.png") as part:
@@ -201,7 +200,7 @@ def score_own(args: Namespace) -> int:
     """Score images of no data set, most anomalous first. Returns the exit code."""
     path = find_detector(args.model, "", Path())
     out = args.out or path.parent / "scored"
-    check_output(out, filter(Path.is_dir, args.images))
+    train.check_output(out, filter(Path.is_dir, args.images))
     samples = [Sample(image, "", None) for image in gaussad.list_images(args.images)]
     detector, _ = load_detector(path, args)
     images = sorted(score_all(out, detector, samples, args), key=lambda x: -x.anomaly_score)
@@ -220,7 +219,7 @@ def evaluate(args: Namespace, category: str, out: Path) -> dict:
     """Score and measure a category; write and print what is found. Returns the metrics."""
     path = find_detector(args.model, category, out)
     out = out if args.out else path.parent
-    check_output(out, [args.data / category / name for name in FOLDERS])
+    train.check_output(out, [args.data / category / name for name in train.FOLDERS])
     detector, training = load_detector(path, args)
     trained_on = training["settings"].get("category")
     if trained_on not in (None, category):
@@ -231,11 +230,11 @@ def evaluate(args: Namespace, category: str, out: Path) -> dict:
         warnings.warn(f"{category}: {message}")
     metrics = measure(images, detector, args.false_alarms) | {
         "best_step": max((x["step"] for x in training["checks"] if x["kept"]), default=None),
-        "backbone": training["settings"].get("backbone", detector.extractor.backbone),
+        "backbone": detector.extractor.backbone,
         "image_size": detector.image_size,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "detector": path.as_posix(),
-        "detector_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "detector_sha256": train.digest(path),
     }
     words = in_words(images, metrics) + " Training is not finished." * (not training["finished"])
     write(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -335,7 +334,9 @@ def write_results(root: Path, metrics: dict[str, dict]) -> None:
     rows += [(name, *row.values()) for name, row in [*found.items(), *of_all.items()]]
     write_csv(root / "results.csv", rows)
     links = "".join(f"<li><a href='{escape(x)}/report.html'>{escape(x)}</a>" for x in found)
-    write(root / "results.html", page("Results", html_table(rows) + f"<ul>{links}</ul>"))
+    titles = ("category", *(FIGURES.get(key, key.replace("_", " ")) for key in RESULTS))
+    body = f"{html_table([titles, *rows[1:]])}<h2>Reports</h2><ul>{links}</ul>"
+    write(root / "results.html", page("Results", body))
     print(table(rows), f"results.json, .csv and .html are in {root}", sep="\n")
 
 
@@ -396,7 +397,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: auto; pa
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)) }
 .figures b { font-size: 2em; display: block } figure { margin: 0 } img { width: 100% }
 figure, table, svg, h2 { break-inside: avoid } h2, h3 { break-after: avoid }
-figcaption, p, td { overflow-wrap: anywhere } td, th { padding: 0 1em 0 0; text-align: right }
+figcaption, p { overflow-wrap: anywhere } td, th { padding: 0 1em 0 0; text-align: right }
 td:first-child, th:first-child { text-align: left } .scroll { overflow-x: auto }
 text { font-size: 12px; fill: currentColor } .good { fill: #0072b2; background: #0072b2 }
 .bad { fill: #d55e00; background: #d55e00 } i { padding: 0 .5em; margin: 0 .2em 0 .6em }
@@ -555,4 +556,4 @@ def chart(title: str, marks: str, x: tuple, y: tuple, x_label: str, y_label: str
 
 
 if __name__ == "__main__":
-    run_program(main)
+    train.run_program(main)

@@ -82,7 +82,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     add("--category", nargs="+", help="folders in --data; all: every one")
     add("--out", type=Path, help="folder of the run, or of the runs of several categories (runs)")
     add("--force", action="store_true", help="retrain from scratch")
-    add("--backbone", default="efficientnet_b4", help="or another one, or a .py file (see README)")
+    add("--backbone", default="efficientnet_b4", help="or another, or a .py file (efficientnet_b4)")
     add("--weights", default="imagenet", help="imagenet, random, or the path of a state dict")
     add("--levels", type=int, nargs="+", help="numbered from 1 (those of stride 16 and more)")
     add("--map-levels", type=int, nargs="+", help="of the anomaly map (those of stride 16)")
@@ -91,7 +91,9 @@ def parse(argv: Sequence[str]) -> Namespace:
     add("--steps", type=int, default=512, help="at most; 0: the frozen network (512)")
     add("--patience", type=int, default=3, help="checks without a gain to stop after (3)")
     add("--lr", type=float, default=1e-4, help="learning rate of Adam (1e-4)")
-    add("--augmentations", nargs="+", choices=AUGMENTATIONS, default=[*BLANKS], help="cutout scar")
+    add(
+        "--augmentations", nargs="+", choices=AUGMENTATIONS, default=[*BLANKS], help="(cutout scar)"
+    )
     add("--seed", type=int, default=0, help="of split, batches and validator (0)")
     add("--batch-size", type=int, default=16, help="images in a batch (16)")
     add("--workers", type=int, default=2, help="threads that decode images (2)")
@@ -100,9 +102,8 @@ def parse(argv: Sequence[str]) -> Namespace:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     for name, low in LEAST.items():
-        high = float("inf") if name == "lr" else 2**63
-        if not low <= getattr(args, name) < high:
-            parser.error(f"--{name.replace('_', '-')} must be at least {low}, and below {high}")
+        if not low <= getattr(args, name) < (float("inf") if name == "lr" else 2**63):
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}, and finite")
     if args.data and not args.category or args.category and not args.data:
         parser.error("--data and --category go together: name a folder in --data, or all")
     if args.normal and not args.out:
@@ -159,7 +160,7 @@ def normal_images(args: Namespace) -> dict[str, Path]:
             warnings.warn(f"images in all these folders are taken as normal: {', '.join(folders)}")
     images = {}
     for path in paths:
-        images.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path)
+        images.setdefault(digest(path), path)
     if copies := len(paths) - len(images):
         warnings.warn(f"{copies} of {len(paths)} normal images are copies and are left out")
     return images
@@ -170,8 +171,8 @@ def load_progress(args: Namespace, images: dict[str, Path]) -> dict:
     settings = {key: value for key, value in vars(args).items() if key not in NO_SETTINGS}
     settings["images"] = hashlib.sha256("".join(images).encode()).hexdigest()
     for name in ("weights", "backbone"):  # files by their content
-        if (file := Path(settings[name])).is_file():
-            settings[name] = f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}"
+        if Path(settings[name]).is_file():
+            settings[name] = digest(Path(settings[name]))
     path = args.out / "detector.pt"
     if path.exists() and not args.force:
         training = gaussad.load_plain(path).get("training")
@@ -322,6 +323,11 @@ def draw_disc(size: int, kind: str, rng: np.random.Generator) -> tuple[np.ndarra
 
 
 # ---- Shared with evaluate.py -------------------------------------------------------------------
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of the content of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_output(out: Path, folders: Sequence[Path]) -> None:
