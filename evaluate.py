@@ -28,6 +28,7 @@ from itertools import repeat
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ FIGURES = {
 RESULTS = (*FIGURES, "false_alarm_rate", "miss_rate", "f1")  # what is averaged over categories
 COLUMNS = ("path", "defect", "label", "verdict", "anomaly_score", "pooled_score", "map_maximum")
 SHOWN = 6  # pictures of a kind in the report
-TRUE, PREDICTED = (0, 235, 235), (0, 0, 0)  # outlines: cyan and black, which show on the heat map
+TRUE, PREDICTED = (0, 235, 235), (255, 255, 255)  # outlines: cyan, white: they show on heat
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,13 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.device = gaussad.pick_device(args.device)
     if args.images:
         return score_own(args)
-    every = args.category == ["all"]
+    every = "all" in args.category
     names = gaussad.list_categories(args.data) if every else list(dict.fromkeys(args.category))
     several = len(names) > 1 or every
-    root, metrics = args.out or Path("runs"), {}
+    folder = args.model if args.model and args.model.is_dir() else Path("runs")
+    root, metrics = args.out or folder, {}
     for name in names:
         try:
-            metrics[name] = evaluate(args, name, root / name if several or not args.out else root)
+            metrics[name] = evaluate(args, name, root / name if several else args.out)
         except Exception as error:
             train.print_error(error, name)
     if metrics and several:
@@ -101,16 +103,16 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     return args
 
 
-def find_detector(model: Path | None, category: str, out: Path) -> Path:
+def find_detector(args: Namespace, category: str = "") -> Path:
     """Where the detector of a category is; ValueError if there is none."""
-    places = [out / "detector.pt", Path("runs", category, "detector.pt")]
-    if model:
-        places = [model, model / category / "detector.pt", model / "detector.pt"]
-    for path in filter(Path.is_file, places):
-        return path
-    if found := sorted(path.parent.name for path in (model or out).glob("*/detector.pt")):
-        raise ValueError(f"{model or out} holds several detectors, name one: {', '.join(found)}")
-    raise ValueError(f"no detector at {places[0]}: run train.py first, or name it by --model")
+    homes = [args.model] if args.model else [*filter(None, [args.out]), Path("runs")]
+    for home in homes:
+        for path in (home / category / "detector.pt", home / "detector.pt", home):
+            if path.is_file():
+                return path
+    there = ", ".join(sorted(path.parent.name for path in homes[0].glob("*/detector.pt")))
+    there = f"; there are: {there}" if there else ": run train.py first, or give another --model"
+    raise ValueError(f"no detector {category and f'of {category!r} '}in {homes[0]}{there}")
 
 
 def load_detector(path: Path, args: Namespace) -> tuple[GaussianAD, dict]:
@@ -135,6 +137,10 @@ class Scored(NamedTuple):
     map: Tensor  # (H, W)
     threshold: float  # of the anomaly score
     limits: list[float]  # of the map: where heat begins, yellow; the outline; where heat is red
+
+    @property
+    def scores(self) -> tuple[float, float, float]:
+        return self.anomaly_score, self.pooled_score, self.map_maximum
 
     @property
     def verdict(self) -> str:
@@ -181,7 +187,7 @@ def score_all(out: Path, detector: GaussianAD, samples: list, args: Namespace) -
     images, rows = [], [COLUMNS]
     for number, x in enumerate(score(detector, samples, args), start=1):
         label, path = int(x.anomalous) if args.data else None, x.sample.path.absolute()
-        rows.append((path.as_posix(), x.sample.defect, label, x.verdict, *x[4:7]))
+        rows.append((path.as_posix(), x.sample.defect, label, x.verdict, *x.scores))
         if args.pictures:
             if number == 1:
                 train.clear_evaluation(out, files=())
@@ -198,7 +204,7 @@ def score_all(out: Path, detector: GaussianAD, samples: list, args: Namespace) -
 
 def score_own(args: Namespace) -> int:
     """Score images of no data set, most anomalous first. Returns the exit code."""
-    path = find_detector(args.model, "", Path())
+    path = find_detector(args)
     out = args.out or path.parent / "scored"
     train.check_output(out, filter(Path.is_dir, args.images))
     samples = [Sample(image, "", None) for image in gaussad.list_images(args.images)]
@@ -208,6 +214,8 @@ def score_own(args: Namespace) -> int:
         print(f"{x.anomaly_score:8.2f} {x.verdict:<9} {x.sample.path}")
     n, threshold = sum(x.verdict != "normal" for x in images), detector.threshold(args.false_alarms)
     words = f"{n} of {len(images)} images are anomalous: they score above {threshold:.2f}."
+    if unread := len(samples) - len(images):
+        words += f" {unread} images could not be read."
     top = list(score(detector, [x.sample for x in images[: 2 * SHOWN]], args))
     body = f"<p class=lead>{words}</p>{histogram({'images': images}, threshold)}"
     write(out / "report.html", page("Scored images", body + pictures({"most anomalous": top})))
@@ -215,10 +223,11 @@ def score_own(args: Namespace) -> int:
     return 0 if len(images) == len(samples) else 2
 
 
-def evaluate(args: Namespace, category: str, out: Path) -> dict:
+def evaluate(args: Namespace, category: str, out: Path | None) -> dict:
     """Score and measure a category; write and print what is found. Returns the metrics."""
-    path = find_detector(args.model, category, out)
-    out = out if args.out else path.parent
+    path = find_detector(args, category)
+    beside = not args.out or not args.model and args.out in path.parents
+    out = path.parent if beside else out
     train.check_output(out, [args.data / category / name for name in train.FOLDERS])
     detector, training = load_detector(path, args)
     trained_on = training["settings"].get("category")
@@ -239,7 +248,11 @@ def evaluate(args: Namespace, category: str, out: Path) -> dict:
     words = in_words(images, metrics) + " Training is not finished." * (not training["finished"])
     write(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write(out / "report.html", report(category, words, metrics, training["checks"], images))
-    print(category, table([(title, metrics[key]) for key, title in FIGURES.items()]), sep="\n")
+    print(
+        f"{category}, {path}",
+        table([(title, metrics[key]) for key, title in FIGURES.items()]),
+        sep="\n",
+    )
     print(f"{words} Report: {out / 'report.html'}")
     return metrics
 
@@ -247,8 +260,9 @@ def evaluate(args: Namespace, category: str, out: Path) -> dict:
 def contradictions(images: list[Scored]) -> Iterator[str]:
     """What is odd about the test images and their masks, each with a count."""
     defective, stems = [x for x in images if x.anomalous], {x.sample.path.stem for x in images}
-    if len(defective) in (0, len(images)):
-        yield "good and defective test images are needed for figures that are missing"
+    for kind, n in (("good", len(images) - len(defective)), ("defective", len(defective))):
+        if n == 0:
+            yield f"no {kind} test images, so no AUROC; good ones belong in test/{NORMAL}"
     if n := sum(not x.mask.any() for x in defective):
         place = "it is ground_truth/<defect>/<stem>_mask.png"
         yield f"pixel figures leave out {n} images whose mask is missing or empty: {place}"
@@ -262,7 +276,7 @@ def contradictions(images: list[Scored]) -> Iterator[str]:
 
 def measure(images: list[Scored], detector: GaussianAD, false_alarms: float) -> dict:
     """The figures of metrics.json; None where undefined."""
-    anomaly, pooled, maxima = torch.tensor([x[4:7] for x in images], dtype=torch.float64).T
+    anomaly, pooled, maxima = torch.tensor([x.scores for x in images], dtype=torch.float64).T
     labels = torch.tensor([x.anomalous for x in images])
     known = [x for x in images if x.mask.any() or not x.anomalous]
     maps = torch.stack([x.map for x in known]) if known else torch.zeros(0)
@@ -316,7 +330,7 @@ def in_words(images: list[Scored], metrics: dict) -> str:
     if misses:
         kinds = ", ".join(f"{n} of {n_of(True)[kind]} {kind}" for kind, n in misses.most_common())
         at_10 = round(defective * metrics["at_false_alarms"]["0.1"]["miss_rate"])
-        words += f"; missed: {kinds}; at 10 % {at_10} would be missed"
+        words += f"; missed: {kinds}; with 10 % expected, {at_10} would be missed"
     return f"{words}."
 
 
@@ -333,7 +347,7 @@ def write_results(root: Path, metrics: dict[str, dict]) -> None:
     rows = [("category", *RESULTS)]
     rows += [(name, *row.values()) for name, row in [*found.items(), *of_all.items()]]
     write_csv(root / "results.csv", rows)
-    links = "".join(f"<li><a href='{escape(x)}/report.html'>{escape(x)}</a>" for x in found)
+    links = "".join(f"<li><a href='{quote(x)}/report.html'>{escape(x)}</a>" for x in found)
     titles = ("category", *(FIGURES.get(key, key.replace("_", " ")) for key in RESULTS))
     body = f"{html_table([titles, *rows[1:]])}<h2>Reports</h2><ul>{links}</ul>"
     write(root / "results.html", page("Results", body))
@@ -418,7 +432,7 @@ def report(category: str, words: str, metrics: dict, checks: list, images: list[
     figures = (
         f"<div><b>{percent(metrics[key])}</b>{title}</div>" for key, title in FIGURES.items()
     )
-    rows = [("defect", "images", "found", "missed", "AUROC")]
+    rows = [("defect", "images", "found", "missed", "AUROC of the anomaly score")]
     for defect, rate in metrics["miss_rate_per_defect"].items():
         n = sum(x.sample.defect == defect for x in images)
         missed, area = round(rate * n), percent(metrics["image_auroc_per_defect"][defect])
@@ -453,7 +467,8 @@ def report(category: str, words: str, metrics: dict, checks: list, images: list[
         f"<p class=lead>{escape(words)}</p><div class=figures>{''.join(figures)}</div>"
         f"<h2>Kinds of defect</h2>{html_table(rows)}<div class=charts>{charts}</div>"
         f"{pictures(kinds)}<h2>Other thresholds</h2>{html_table(thresholds)}"
-        f"<h2>Details</h2>{html_table([(key, shown(metrics[key])) for key in keys])}",
+        f"<h2>Details</h2>{html_table([(key, shown(metrics[key])) for key in keys])}"
+        "<p>best_step is the step of fine-tuning that was kept; 0 is the frozen network.",
     )
 
 
@@ -470,7 +485,8 @@ def pictures(kinds: dict[str, list[Scored]]) -> str:
     html = (
         "<h2>Pictures</h2><p>Beside each image the same under its anomaly map. Yellow is what half "
         "of the normal images reach at their most anomalous place, red what 1 % of them reach. "
-        "Outlined are the predicted defect (black) and the true one (cyan)."
+        "Outlined are the true defect (cyan) and what the map alone detects (white); the verdict "
+        "is by the anomaly score."
     )
     for kind, images in kinds.items():
         if images:

@@ -24,6 +24,7 @@ import re
 import runpy
 import unicodedata
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -170,7 +171,9 @@ class Gaussian(nn.Module):
         if n < 3:  # with two, the shrinkage is 0 and Σ is singular
             raise ValueError(f"a Gaussian needs at least three samples, not {n}")
         if not samples.isfinite().all():
-            raise ValueError("features are not finite: try a lower learning rate or other weights")
+            raise ValueError(
+                "features are not finite: lower the learning rate, or check the weights"
+            )
         pieces = samples.reshape(-1, n, c).split(32)  # bounds the memory that Σ takes
         mean = torch.cat([x.double().mean(-2) for x in pieces])
         whitening = torch.cat([_whitening(x, ridge, covariance) for x in pieces])
@@ -198,7 +201,7 @@ def _whitening(samples: Tensor, ridge: float, covariance: str) -> Tensor:
         sigma = identity.expand_as(sigma)
     factor, failed = torch.linalg.cholesky_ex(sigma)
     if constant.any() or failed.any():
-        raise ValueError("the features do not vary, as if all images were the same")
+        raise ValueError("features do not vary: are all images the same, or is the rate too high?")
     return torch.linalg.solve_triangular(factor, identity, upper=False)
 
 
@@ -797,7 +800,7 @@ def _load_weights(network: nn.Module, backbone: str, path: str | Path) -> None:
         wrong = str(error).splitlines()[-1:]
     unneeded = re.compile(r"(classifier|fc)\.|.*num_batches_tracked")
     if wrong := [key for key in wrong if not unneeded.match(key)]:
-        raise ValueError(f"{path} is not a plain state dict of {backbone}: {wrong[0].strip()}")
+        raise ValueError(f"{path} is not a state dict of {backbone}, as to {wrong[0].strip()}")
 
 
 @torch.no_grad()
@@ -869,16 +872,17 @@ def list_images(paths: Sequence[str | Path]) -> list[Path]:
     """All images among the given files and folders, at any depth and not hidden; each real file
     once. Warns of files that are skipped. Raises ValueError for a path without images."""
     images = {}
-    for path in map(Path, paths):
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         found, skipped = ([path], []) if path.is_file() else walk(path)
+        kinds = ", ".join(sorted({x.suffix for x in skipped}))
+        others = f"{len(skipped)} files that cannot be read as images ({kinds})"
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
         if not found:
-            raise ValueError(f"no images at {path}: give image files, or folders of them")
+            hint = f"but {others}: convert them" if skipped else "which is empty"
+            raise ValueError(f"no images in {path}, {hint}")
         if skipped:
-            kinds = ", ".join(sorted({x.suffix for x in skipped}))
-            warnings.warn(
-                f"skipped {len(skipped)} files in {path} that cannot be read as images ({kinds}), "
-                f"such as {skipped[0].name}"
-            )
+            warnings.warn(f"{path}: skipped {others}, such as {skipped[0].name}")
         for file in found:
             images.setdefault(os.path.realpath(file), file)
     return list(images.values())
@@ -973,12 +977,12 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
             with suppress(Exception):  # an unreadable orientation is ignored
                 ImageOps.exif_transpose(file, in_place=True)
             yield file
-    except UnidentifiedImageError as error:
-        raise ValueError(f"cannot read {path}: not an image, or damaged; remove it") from error
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they like on a broken file
-        raise ValueError(f"cannot read {path}: {error or type(error)}") from error
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        advice = "" if type(error) is ValueError else "; repair or remove it"
+        raise ValueError(f"cannot read {path}: {reason}{advice}") from error
 
 
 # ---- 10. Files, devices, errors ----------------------------------------------------------------
@@ -1028,10 +1032,13 @@ def load_plain(path: str | Path) -> dict:
     if it cannot be read, ValueError if it holds anything but a dict."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
     except (OSError, MemoryError):
         raise
     except Exception as error:  # the unpickler raises whatever it likes on other files
-        raise ValueError(f"{path} is not a file saved by torch.save, or damaged") from error
+        raise ValueError(f"{path} is not a file saved by torch.save; remove it") from error
+    if damaged:  # which torch.load does not notice
+        raise ValueError(f"{path} is damaged: remove it, or give another")
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return content

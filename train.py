@@ -39,8 +39,8 @@ from gaussad import AUGMENTATIONS, BLANKS, Check, FeatureExtractor, GaussianAD
 NO_SETTINGS = {"data", "normal", "out", "device", "workers", "force", "demo"}  # change no result
 DEMO = {"backbone": "mobilenet_v2", "weights": "random", "levels": [3, 4, 7], "image_size": 128}
 DEMO |= {"steps": 64, "out": Path("runs/demo")}  # no download; early levels help even so
-LEAST = {"image_size": 32, "steps": 0, "lr": 0, "seed": 0, "patience": 1}
-LEAST |= {"batch_size": 1, "workers": 1}
+LIMITS = {"image_size": (32, 4096), "steps": (0, 10**9), "lr": (0, 1e38), "seed": (0, 2**63 - 1)}
+LIMITS |= dict.fromkeys(("patience", "batch_size", "workers"), (1, 10**9))
 FOLDERS = ("train", "test", "ground_truth")  # of a category
 EVALUATION = ("metrics.json", "scores.csv", "report.html")  # what evaluate.py writes
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(run, device)
         except Exception as error:
             failed = True
-            print_error(error, run.out)
+            print_error(error, run.category or run.normal)
     if distributed.is_torchelastic_launched():  # torchrun ends all processes when one has failed
         distributed.init_process_group("gloo", timeout=timedelta(days=365))
         distributed.barrier()
@@ -101,9 +101,9 @@ def parse(argv: Sequence[str]) -> Namespace:
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
-    for name, low in LEAST.items():
-        if not low <= getattr(args, name) < (float("inf") if name == "lr" else 2**63):
-            parser.error(f"--{name.replace('_', '-')} must be at least {low}, and finite")
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
     if args.data and not args.category or args.category and not args.data:
         parser.error("--data and --category go together: name a folder in --data, or all")
     if args.normal and not args.out:
@@ -115,7 +115,7 @@ def list_runs(args: Namespace) -> list[Namespace]:
     """The arguments of each run: one for a folder of normal images, or one for each category."""
     if args.normal:
         return [args]
-    every = args.category == ["all"]
+    every = "all" in args.category
     names = gaussad.list_categories(args.data) if every else list(dict.fromkeys(args.category))
     root = args.out or Path("runs")
     alone = args.out and len(names) == 1 and not every
@@ -138,7 +138,7 @@ def train(args: Namespace, device: torch.device) -> None:
     tensors = gaussad.load_images(list(images.values()), args.image_size, args.workers)
     fit, held_out = map(torch.stack, gaussad.hold_out(tensors, args.seed))
     if len(fit) < 50:
-        warnings.warn(f"{len(fit)} images to fit are few: expect poor maps and thresholds")
+        warnings.warn(f"only {len(fit)} images to fit: thresholds are unreliable; 100 are better")
     with lock(args.out):
         checks = ", ".join(map(str, gaussad.schedule(args.steps)))
         print(f"{args.out}: {len(fit)} images to fit, {len(held_out)} held out; checks at {checks}")
@@ -152,6 +152,8 @@ def normal_images(args: Namespace) -> dict[str, Path]:
     if args.data:
         paths = [x.path for x in gaussad.list_samples(args.data, args.category, "train")]
     else:
+        if args.normal.is_file():
+            raise ValueError(f"--normal {args.normal} is a file: give a folder")
         paths = gaussad.list_images([args.normal])
         folders = sorted({path.parent.relative_to(args.normal).as_posix() for path in paths})
         if any({"test", "ground_truth"} & set(folder.split("/")) for folder in folders):
@@ -177,7 +179,9 @@ def load_progress(args: Namespace, images: dict[str, Path]) -> dict:
     if path.exists() and not args.force:
         training = gaussad.load_plain(path).get("training")
         if training is None:
-            raise ValueError(f"{path} is not of train.py: choose another --out, or --force")
+            raise ValueError(
+                f"{path} was not written by train.py: choose another --out, or --force"
+            )
         changed = [key for key in settings if training["settings"].get(key) != settings[key]]
         if not changed:
             return training
@@ -220,7 +224,7 @@ def fine_tune_and_save(
     print(f"{'step':>6}{'loss':>9}{'seconds':>9}{'AUROC':>8}", *map(table_row, checks), sep="\n")
     if checks:
         print(f"resumed from step {first}")
-    last = start
+    last, saved = start, f"from step {first}" if checks else "from the beginning"
     try:
         for check in gaussad.fine_tune(detector, batches, held_out, **options):
             checks.append(record(check, time.perf_counter() - last))
@@ -228,10 +232,9 @@ def fine_tune_and_save(
             print(table_row(checks[-1]), flush=True)
             training["state"] = check.state
             save(args.out, training, detector if check.kept else None)
-            last = time.perf_counter()
+            last, saved = time.perf_counter(), f"from step {check.step}"
     except KeyboardInterrupt:
-        step = f"from step {checks[-1]['step']}" if checks else "from the beginning"
-        print(f"\ninterrupted; the same command goes on {step}", file=sys.stderr)
+        print(f"\ninterrupted; the same command goes on {saved}", file=sys.stderr)
         raise
     training |= {"finished": True, "state": None}
     save(args.out, training)
@@ -258,10 +261,12 @@ def table_row(check: dict) -> str:
 
 
 def summary(checks: list[dict]) -> str:
-    """What training came to, in words."""
+    """What came of training, in words."""
     best = [check for check in checks if check["kept"]][-1]
+    if len(checks) == 1:
+        return "fitted the frozen network, without fine-tuning"
     if best["step"] == 0:
-        return "fine-tuning gained nothing: the frozen network is kept"
+        return "no step beat the frozen network by more than its error: the frozen network is kept"
     rise = f"from {100 * checks[0]['auroc']:.1f} to {100 * best['auroc']:.1f}"
     return f"kept step {best['step']}: the AUROC against augmented images rose {rise}"
 
