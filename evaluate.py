@@ -37,7 +37,7 @@ from torch import Tensor
 
 import gaussad
 import train
-from gaussad import NORMAL, FeatureExtractor, GaussianAD, Sample, auroc
+from gaussad import NORMAL, FeatureExtractor, GaussianAD, Sample, aupro, auroc
 
 FIGURES = {
     "image_auroc_both": "image AUROC, anomaly score (decides)",
@@ -296,7 +296,7 @@ def measure(images: list[Scored], detector: GaussianAD, false_alarms: float) -> 
         "image_auroc_per_defect": area,
         "miss_rate_per_defect": missed,
         "pixel_auroc": defined(auroc, maps, masks),
-        "aupro": defined(gaussad.aupro, maps, masks),
+        "aupro": defined(aupro, maps, masks),
         "expected_false_alarms": false_alarms,
         **judge(anomaly, labels, detector.threshold(false_alarms)),
         "at_false_alarms": {str(rate): found for rate, found in at.items()},
@@ -357,6 +357,11 @@ def write_results(root: Path, metrics: dict[str, dict]) -> None:
 def shown(x: object) -> str:
     """A cell of a table; "-" for None."""
     return f"{x:.3f}" if isinstance(x, float) else "-" if x is None else str(x)
+
+
+def percent(x: float | None) -> str:
+    """A rate, such as 0.5, as a percentage."""
+    return "-" if x is None else f"{100 * x:.1f} %"
 
 
 def table(rows: list[tuple]) -> str:
@@ -428,47 +433,36 @@ def page(title: str, body: str) -> str:
 
 def report(category: str, words: str, metrics: dict, checks: list, images: list[Scored]) -> str:
     """All that was found of a category, as one page."""
-    percent = lambda x: "-" if x is None else f"{100 * x:.1f} %"
-    figures = (
-        f"<div><b>{percent(metrics[key])}</b>{title}</div>" for key, title in FIGURES.items()
-    )
+    figures = [f"<div><b>{percent(metrics[key])}</b>{FIGURES[key]}</div>" for key in FIGURES]
     rows = [("defect", "images", "found", "missed", "AUROC of the anomaly score")]
-    for defect, rate in metrics["miss_rate_per_defect"].items():
-        n = sum(x.sample.defect == defect for x in images)
-        missed, area = round(rate * n), percent(metrics["image_auroc_per_defect"][defect])
-        rows.append((defect, n, n - missed, missed, area))
+    for defect, value in metrics["image_auroc_per_defect"].items():
+        verdicts = [x.verdict for x in images if x.sample.defect == defect]
+        found, missed = verdicts.count("anomalous"), verdicts.count("normal")
+        rows.append((defect, len(verdicts), found, missed, percent(value)))
     thresholds = [("expected false alarms", "threshold", "false alarms", "missed", "F1")]
-    for rate, found in metrics["at_false_alarms"].items():
-        threshold, *rates = found.values()
-        thresholds.append((percent(float(rate)), threshold, *map(percent, rates)))
+    for expected, judged in metrics["at_false_alarms"].items():
+        threshold, *rates = judged.values()
+        thresholds.append((percent(float(expected)), threshold, *map(percent, rates)))
     ranked = sorted(images, key=lambda x: -x.anomaly_score)
-    good, defective = ([x for x in ranked if x.anomalous == of] for of in (False, True))
+    good, defective = ([x for x in ranked if x.anomalous == kind] for kind in (False, True))
+    called = lambda verdict, images: [x for x in images if x.verdict == verdict]
     kinds = {
-        "misses, worst first": [x for x in defective[::-1] if x.verdict == "normal"],
-        "false alarms, worst first": [x for x in good if x.verdict == "anomalous"],
-        "defective images that were found, clearest first": [
-            x for x in defective if x.verdict != "normal"
-        ],
-        "good images, most anomalous first": [x for x in good if x.verdict == "normal"],
+        "misses, worst first": called("normal", defective[::-1]),
+        "false alarms, worst first": called("anomalous", good),
+        "defective images that were found, clearest first": called("anomalous", defective),
+        "good images, most anomalous first": called("normal", good),
     }
     charts = histogram({"good": good, "defective": defective}, metrics["threshold"])
     charts += roc(good, defective) + training_curve(checks)
-    keys = (
-        "backbone",
-        "image_size",
-        "best_step",
-        "n_normal",
-        "n_anomalous",
-        "date",
-        "detector_sha256",
-    )
+    network = f"{metrics['backbone']}, step {metrics['best_step']} of fine-tuning (0: frozen)"
+    details = [("network", network), ("image size", metrics["image_size"])]
+    details += [(key, metrics[key]) for key in ("date", "detector", "detector_sha256")]
     return page(
         category,
         f"<p class=lead>{escape(words)}</p><div class=figures>{''.join(figures)}</div>"
         f"<h2>Kinds of defect</h2>{html_table(rows)}<div class=charts>{charts}</div>"
         f"{pictures(kinds)}<h2>Other thresholds</h2>{html_table(thresholds)}"
-        f"<h2>Details</h2>{html_table([(key, shown(metrics[key])) for key in keys])}"
-        "<p>best_step is the step of fine-tuning that was kept; 0 is the frozen network.",
+        f"<h2>Details</h2>{html_table(details)}",
     )
 
 
@@ -530,24 +524,21 @@ def roc(good: list[Scored], defective: list[Scored]) -> str:
     scores = [np.sort([x.anomaly_score for x in found]) for found in (good, defective)]
     thresholds = np.unique([np.inf, *scores[0], *scores[1]])
     x, y = (100 - 100 * np.searchsorted(found, thresholds) / len(found) for found in scores)
-    marks = polyline(zip(x, y))
-    return chart("ROC curve", marks, (0, 100), (0, 100), "good rejected, %", "defective found, %")
+    axes = (0, 100), (0, 100), "good rejected, %", "defective found, %"
+    return chart("ROC curve", polyline(zip(x, y)), *axes)
 
 
 def training_curve(checks: list[dict]) -> str:
     """The validator's AUROC over the steps of training, with a dot where a check was kept."""
     if len(checks) < 2:
         return ""
-    points = {check["step"]: 100 * check["auroc"] for check in checks}
-    dots = (
-        f'<path class=kept d="M{x["step"]} {-points[x["step"]]}h0"/>' for x in checks if x["kept"]
-    )
-    marks, span = (
-        polyline(points.items()) + "".join(dots),
-        (min(points.values()), max(points.values())),
-    )
-    title = "Training (dots: kept)"
-    return chart(title, marks, (0, max(points)), span, "step", "AUROC against augmented, %")
+    steps = [check["step"] for check in checks]
+    aurocs = [100 * check["auroc"] for check in checks]
+    marks = polyline(zip(steps, aurocs))
+    for step, y, check in zip(steps, aurocs, checks):
+        marks += f'<path class=kept d="M{step} {-y}h0"/>' if check["kept"] else ""
+    ranges, labels = ((0, steps[-1]), (min(aurocs), max(aurocs))), ("step", "AUROC, %")
+    return chart("Training, by augmented images (dots: kept)", marks, *ranges, *labels)
 
 
 def polyline(points: Iterable[tuple[float, float]]) -> str:
