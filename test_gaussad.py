@@ -745,8 +745,11 @@ def test_no_pixel_of_a_defect_vanishes_when_its_mask_is_made_smaller(tmp_path):
 def test_image_and_mask_are_each_turned_by_their_own_exif(tmp_path):
     mask, exif, turned = drawn(255, 0, "L"), Image.Exif(), tmp_path / "turned.png"
     mask.save(tmp_path / "upright.png")
-    for exif[0x0112], turn in ((3, "ROTATE_180"), (5, "TRANSPOSE"), (6, "ROTATE_90")):
-        mask.transpose(Image.Transpose[turn]).save(turned, exif=exif)
+    ratio = b"\x1a\x01\x0a\0\1\0\0\0\x26" + bytes(7) + b"\xff\xff\xff\xff" + bytes(4)  # -1 / 0
+    broken = b"Exif\0\0II*\0\x08\0\0\0\2\0\x12\x01\3\0\1\0\0\0\6\0\0\0" + ratio
+    for exif[0x0112], turn in ((3, "ROTATE_180"), (5, "TRANSPOSE"), (6, "ROTATE_90"), (0, "")):
+        image = mask.transpose(Image.Transpose[turn or "ROTATE_90"])
+        image.save(turned, exif=exif if turn else broken)
         assert np.array_equal(gaussad.load_image(turned, DEFECT.shape)[0] > 0, DEFECT)
         for path in (tmp_path / "upright.png", turned):
             assert np.array_equal(gaussad.load_mask(path, DEFECT.shape, turned), DEFECT)
@@ -1101,15 +1104,8 @@ def test_several_categories_shared_by_torchrun_are_tabulated_though_one_fails(de
         shutil.rmtree(tmp_path / "data/disc" / lacking)
     draw(tmp_path / "data/disc/ground_truth/scratch/003_mask.png", 0)
     given = ["--data", str(tmp_path / "data"), "--category", "all", "--out", str(tmp_path / "runs")]
-    launch = LaunchConfig(
-        1,
-        1,
-        2,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        start_method="forkserver",
-        max_restarts=0,
-    )
+    options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
+    launch = LaunchConfig(1, 1, 2, start_method="forkserver", **options)
     with pytest.raises(ChildFailedError) as failed:  # once the other one is done
         elastic_launch(launch, run)("train.py", *given, *TINY, "--steps", "2")
     assert {rank: failure.exitcode for rank, failure in failed.value.failures.items()} == {1: 2}
