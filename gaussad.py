@@ -10,10 +10,9 @@ Rippel, Chavan, Lei and Merhof, IMPROVE 2022, arXiv 2108.04116. The method comes
     5. Fine-tuning  minimises the pooled score of normal images; the validator picks the step
     6. Metrics      AUROC and AU-PRO
 
-Sections 7 to 10 support it: helpers, networks, images and data sets, files.
-
-Docstrings name the source of a step: *abstract*: the paper's abstract (we had no access to the
-rest); *earlier code*: the authors', for their IEEE TIM paper of 2021; *ours*: our own choice."""
+Sections 7 to 10 support it: helpers, networks, images and data sets, files. Docstrings name the
+source of a step: *abstract*: the paper's abstract (we had no access to the rest); *earlier code*:
+the authors', for their IEEE TIM paper of 2021; *ours*: our own choice."""
 
 from __future__ import annotations
 
@@ -77,7 +76,7 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.backbone = backbone if isinstance(backbone, str) else None
         if isinstance(backbone, str):
-            backbone, mean, std = torchvision_stages(backbone, weights)
+            backbone, mean, std = named_stages(backbone, weights)
         if mean is None or std is None:
             raise ValueError("your own network needs the mean and std of its training images")
         self.stages = nn.ModuleList(backbone).eval()
@@ -699,14 +698,10 @@ def restore(detector: GaussianAD, optimizer: torch.optim.Adam, state: dict) -> t
     detector.extractor.load_state_dict(state["network"])
     optimizer.load_state_dict(deepcopy(state["optimizer"]))  # torch would go on in these tensors
     detector.image_size = state["image_size"]
-    pretrained = nn.ModuleList(Gaussian(**tensors) for tensors in state["pretrained"])
+    gaussians = [Gaussian(**tensors) for tensors in state["pretrained"]]
+    pretrained = nn.ModuleList(gaussians).to(detector.extractor.mean.device)
     step, best, checks_since_best = state["rest"]
-    return (
-        pretrained.to(detector.extractor.mean.device),
-        step,
-        Validation(**best),
-        checks_since_best,
-    )
+    return pretrained, step, Validation(**best), checks_since_best
 
 
 def tail_quantile(scores: Tensor, quantile: float) -> float:
@@ -749,9 +744,9 @@ BACKBONES = tuple(models.list_models(models, ["efficientnet_*", "mobilenet_*", "
 
 
 @torch.no_grad()
-def torchvision_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Module], list, list]:
-    """The stages of a network, and the mean and std of the images that it was trained on. For
-    arguments and errors see FeatureExtractor."""
+def named_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Module], list, list]:
+    """The stages of a network, and the mean and std of its training images, given its name or its
+    Python file. For arguments and errors see FeatureExtractor."""
     if backbone.endswith(".py"):
         own = runpy.run_path(backbone)
         if not {"stages", "mean", "std"} <= own.keys():
@@ -760,7 +755,14 @@ def torchvision_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Modu
     if backbone not in BACKBONES:
         names = get_close_matches(backbone, BACKBONES) or BACKBONES
         raise ValueError(f"no backbone {backbone!r}; did you mean {', '.join(names)}?")
-    network = _imagenet(backbone) if weights == "imagenet" else models.get_model(backbone)
+    try:
+        pretrained = "IMAGENET1K_V1" if weights == "imagenet" else None
+        network = models.get_model(backbone, weights=pretrained)
+    except Exception as error:  # no network, or a broken download
+        raise ConnectionError(
+            f"no ImageNet weights of {backbone} ({error}): give --weights the path of a state "
+            f"dict; a broken download is in {torch.hub.get_dir()}/checkpoints: delete it"
+        ) from error
     if weights == "random":  # without statistics in batch norm, features would vanish with depth
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -777,16 +779,6 @@ def torchvision_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Modu
     fold_batch_norm(nn.ModuleList(stages))
     preset = models.get_model_weights(backbone)["IMAGENET1K_V1"].transforms()
     return stages, preset.mean, preset.std
-
-
-def _imagenet(backbone: str) -> nn.Module:
-    try:
-        return models.get_model(backbone, weights="IMAGENET1K_V1")
-    except Exception as error:  # no network, or a broken download
-        raise ConnectionError(
-            f"no ImageNet weights of {backbone} ({error}): give --weights the path of a state "
-            f"dict; a broken download is in {torch.hub.get_dir()}/checkpoints: delete it"
-        ) from error
 
 
 def _load_weights(network: nn.Module, backbone: str, path: str | Path) -> None:
