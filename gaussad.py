@@ -1000,7 +1000,7 @@ def load_detector(
     try:
         settings, state = content["detector"], content["state"]
         if extractor is None and settings["backbone"] not in BACKBONES:
-            raise ValueError(f"{path} has your own network: give its extractor (--backbone)")
+            raise ValueError(f"{path} is of your own network: give its extractor (--backbone)")
         if extractor is None:
             with seeded(0):  # random weights, replaced below
                 extractor = FeatureExtractor(settings["backbone"], settings["levels"], "random")

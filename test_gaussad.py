@@ -1186,8 +1186,10 @@ def test_network_of_a_python_file_and_a_detector_that_is_not_square(demo, cli, t
         "mean, std = [0.5] * 3, [0.2] * 3\n"
     )
     given = [*demo, "--out", tmp_path / "run", "--backbone", file]
-    assert cli("train.py", *given, "--image-size", 64, "--steps", 2)[0] == 0
-    assert cli("evaluate.py", *given)[0] == 0
+    code, output, error = cli("train.py", *given, "--image-size", 64, "--steps", 2)
+    assert code == 0, error
+    command = re.search("python (evaluate.py .*)", output)[1].split()  # what it says to do next
+    assert cli(*command)[0] == 0 and command[-1] == str(file)
     assert_one_line(cli("evaluate.py", *given[:-2]), "your own network: give its extractor")
     paths = [sample.path for sample in gaussad.list_samples(demo[1], "demo", "train")]
     images = torch.stack([gaussad.load_image(path, (64, 128)) for path in paths])

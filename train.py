@@ -273,9 +273,10 @@ def summary(checks: list[dict]) -> str:
 
 def evaluate_options(args: Namespace) -> list[str]:
     """The options of evaluate.py for a run."""
+    own = ["--backbone", args.backbone] if args.backbone.endswith(".py") else []
     if args.normal:
-        return ["--model", str(args.out / "detector.pt"), "--images", "PATH"]
-    return ["--data", str(args.data), "--category", args.category, "--out", str(args.out)]
+        return ["--model", str(args.out / "detector.pt"), "--images", "PATH", *own]
+    return ["--data", str(args.data), "--category", args.category, "--out", str(args.out), *own]
 
 
 def save(out: Path, training: dict, detector: GaussianAD | None = None) -> None:
