@@ -226,8 +226,8 @@ def score_own(args: Namespace) -> int:
 def evaluate(args: Namespace, category: str, out: Path | None) -> dict:
     """Score and measure a category; write and print what is found. Returns the metrics."""
     path = find_detector(args, category)
-    beside = not args.out or not args.model and args.out in path.parents
-    out = path.parent if beside else out
+    if not args.out or not args.model and args.out in path.parents:
+        out = path.parent  # beside the detector, unless --out leads elsewhere
     train.check_output(out, [args.data / category / name for name in train.FOLDERS])
     detector, training = load_detector(path, args)
     trained_on = training["settings"].get("category")

@@ -397,7 +397,7 @@ class Validation:
     """The result of a validation."""
 
     aurocs: dict[str, float]  # of each augmentation, the mean over opacities
-    influence: Tensor  # (N,) how much each held-out image moves the mean AUROC
+    influence: Tensor = field(repr=False)  # (N,) how much each held-out image moves their mean
 
     @property
     def auroc(self) -> float:
