@@ -743,7 +743,6 @@ def label_regions(mask: Tensor) -> Tensor:
 BACKBONES = tuple(models.list_models(models, ["efficientnet_*", "mobilenet_*", "*resne*"]))
 
 
-@torch.no_grad()
 def named_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Module], list, list]:
     """The stages of a network, and the mean and std of its training images, given its name or its
     Python file. For arguments and errors see FeatureExtractor."""
@@ -752,6 +751,21 @@ def named_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Module], l
         if not {"stages", "mean", "std"} <= own.keys():
             raise ValueError(f"{backbone} must define stages, mean and std")
         return own["stages"], own["mean"], own["std"]
+    network = torchvision_network(backbone, weights).eval()
+    if isinstance(network, models.ResNet):
+        stem = nn.Sequential(network.conv1, network.bn1, network.relu)
+        layer1 = nn.Sequential(network.maxpool, network.layer1)
+        stages = [stem, layer1, network.layer2, network.layer3, network.layer4]
+    else:
+        stages = list(network.features)
+    fold_batch_norm(nn.ModuleList(stages))
+    preset = models.get_model_weights(backbone)["IMAGENET1K_V1"].transforms()
+    return stages, preset.mean, preset.std
+
+
+@torch.no_grad()
+def torchvision_network(backbone: str, weights: str | Path) -> nn.Module:
+    """A network of torchvision's; for arguments and errors see FeatureExtractor."""
     if backbone not in BACKBONES:
         names = get_close_matches(backbone, BACKBONES) or BACKBONES
         raise ValueError(f"no backbone {backbone!r}; did you mean {', '.join(names)}?")
@@ -770,15 +784,7 @@ def named_stages(backbone: str, weights: str | Path) -> tuple[list[nn.Module], l
         network.train()(torch.rand(8, 3, 64, 64))
     elif weights != "imagenet":
         _load_weights(network, backbone, weights)
-    if isinstance(network.eval(), models.ResNet):
-        stem = nn.Sequential(network.conv1, network.bn1, network.relu)
-        layer1 = nn.Sequential(network.maxpool, network.layer1)
-        stages = [stem, layer1, network.layer2, network.layer3, network.layer4]
-    else:
-        stages = list(network.features)
-    fold_batch_norm(nn.ModuleList(stages))
-    preset = models.get_model_weights(backbone)["IMAGENET1K_V1"].transforms()
-    return stages, preset.mean, preset.std
+    return network
 
 
 def _load_weights(network: nn.Module, backbone: str, path: str | Path) -> None:
@@ -826,7 +832,7 @@ class Sample(NamedTuple):
 def list_categories(root: str | Path) -> list[str]:
     """The folders in `root` that have a train or test folder; ValueError if there are none."""
     root = Path(root)
-    folders = [*root.glob("*/train/"), *root.glob("*/test/")]
+    folders = [*root.glob("[!.]*/train/"), *root.glob("[!.]*/test/")]
     if not folders:
         itself = any((root / split).is_dir() for split in ("train", "test"))
         parent = root.resolve().parent if itself else "the folder above <category>/train/good"

@@ -807,6 +807,8 @@ def test_links_lead_to_each_image_once_and_those_that_lead_nowhere_are_told(tmp_
 def test_category_is_found_by_either_form_of_its_name(written, asked, tmp_path):
     written, asked = (unicode_form(form, "größe") for form in (written, asked))
     draw(tmp_path / written / "train/good/a.png")
+    draw(tmp_path / ".trash/train/good/a.png")
+    assert gaussad.list_categories(tmp_path) == [written]
     assert len(gaussad.list_samples(tmp_path, asked, "train")) == 1
     with pytest.raises(ValueError, match="no category 'x' in .*; there are: größe"):
         gaussad.list_samples(tmp_path, "x", "train")

@@ -266,7 +266,7 @@ def summary(checks: list[dict]) -> str:
     if len(checks) == 1:
         return "fitted the frozen network, without fine-tuning"
     if best["step"] == 0:
-        return "no step beat the frozen network by more than its error: the frozen network is kept"
+        return "no step beat the frozen network by more than one standard error: it is kept"
     rise = f"from {100 * checks[0]['auroc']:.1f} to {100 * best['auroc']:.1f}"
     return f"kept step {best['step']}: the AUROC against augmented images rose {rise}"
 
