@@ -7,7 +7,7 @@
     python evaluate.py --model runs/screw/detector.pt --images photos/new
 
 Reads runs/<category>/detector.pt; writes metrics.json, scores.csv and report.html, and if asked for
-a folder of pictures, beside it; for several categories also results.json, .csv and .html to runs.
+a folder of pictures, beside it; for several categories also results.json, .csv and .html.
 For your own --images, all but the metrics goes to a folder `scored` beside the detector."""
 
 from __future__ import annotations
@@ -49,18 +49,21 @@ FIGURES = {
 RESULTS = (*FIGURES, "false_alarm_rate", "miss_rate", "f1")  # what is averaged over categories
 COLUMNS = ("path", "defect", "label", "verdict", "anomaly_score", "pooled_score", "map_maximum")
 SHOWN = 6  # pictures of a kind in the report
-TRUE, PREDICTED = (0, 235, 235), (255, 255, 255)  # outlines: cyan, white: they show on heat
+TRUE, PREDICTED = (0, 235, 235), (255, 255, 255)  # outlines: cyan and white, visible on the heat
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for. Returns the exit code."""
     args = parse(argv)
+    args.several = False
     args.device = gaussad.pick_device(args.device)
     if args.images:
         return score_own(args)
     every = "all" in args.category
     names = gaussad.list_categories(args.data) if every else list(dict.fromkeys(args.category))
-    several = len(names) > 1 or every
+    args.several = several = len(names) > 1 or every
+    if several and args.model and not args.model.is_dir():
+        raise ValueError(f"--model {args.model} is no folder of <category>/detector.pt")
     folder = args.model if args.model and args.model.is_dir() else Path("runs")
     root, metrics = args.out or folder, {}
     for name in names:
@@ -75,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The options; a wrong one ends the program with one line and exit code 2."""
-    parser = ArgumentParser(usage=SUPPRESS, description=__doc__, formatter_class=Formatter)
+    kind = {"formatter_class": Formatter, "allow_abbrev": False}
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__, **kind)
     add = parser.add_argument
     add("--data", type=Path, help="folder of the categories, in the MVTec AD layout")
     add("--category", nargs="+", metavar="NAME", help="folders in --data; all: every one")
@@ -107,19 +111,22 @@ def find_detector(args: Namespace, category: str = "") -> Path:
     """Where the detector of a category is; ValueError if there is none."""
     homes = [args.model] if args.model else [*filter(None, [args.out]), Path("runs")]
     for home in homes:
-        for path in (home / category / "detector.pt", home / "detector.pt", home):
+        alone = [] if args.several else [home / "detector.pt", home]
+        for path in (home / category / "detector.pt", *alone):
             if path.is_file():
                 return path
-    there = ", ".join(sorted(path.parent.name for path in homes[0].glob("*/detector.pt")))
-    there = f"; there are: {there}" if there else ": run train.py first, or give another --model"
-    raise ValueError(f"no detector {category and f'of {category!r} '}in {homes[0]}{there}")
+    there = sorted(path.parent.name for home in homes for path in home.glob("*/detector.pt"))
+    hint = f"; there are: {', '.join(there)}" if there else ": run train.py first, or give --model"
+    places = " or ".join(map(str, homes))
+    raise ValueError(f"no detector {category and f'of {category!r} '}in {places}{hint}")
 
 
 def load_detector(path: Path, args: Namespace) -> tuple[GaussianAD, dict]:
     """A detector and its training (no settings and checks if train.py did not make it)."""
     content, extractor = gaussad.load_plain(path), None
     if args.backbone:
-        extractor = FeatureExtractor(args.backbone, content.get("detector", {}).get("levels"))
+        levels = content.get("detector", {}).get("levels")
+        extractor = FeatureExtractor(args.backbone, levels, "random")  # replaced by the detector's
     training = {"settings": {}, "checks": [], "finished": True, **content.get("training", {})}
     return GaussianAD.load(path, args.device, extractor), training
 
@@ -149,7 +156,7 @@ class Scored(NamedTuple):
 
 @torch.inference_mode()
 def score(detector: GaussianAD, samples: list[Sample], args: Namespace) -> Iterator[Scored]:
-    """The images that can be read, in order."""
+    """The images, in order; your own only if they can be read."""
     threshold, maxima = detector.threshold(args.false_alarms), detector.held_out_scores[:, 1]
     limits = [gaussad.tail_quantile(maxima, 1 - rate) for rate in (0.5, args.false_alarms, 0.01)]
     read = lambda sample: load(sample, detector.image_size, strict=args.data is not None)
@@ -188,10 +195,10 @@ def score_all(out: Path, detector: GaussianAD, samples: list, args: Namespace) -
     for number, x in enumerate(score(detector, samples, args), start=1):
         label, path = int(x.anomalous) if args.data else None, x.sample.path.absolute()
         rows.append((path.as_posix(), x.sample.defect, label, x.verdict, *x.scores))
+        if number == 1:
+            train.clear_evaluation(out, files=())  # pictures that belong to other scores
         if args.pictures:
-            if number == 1:
-                train.clear_evaluation(out, files=())
-                (out / "pictures").mkdir(parents=True, exist_ok=True)
+            (out / "pictures").mkdir(parents=True, exist_ok=True)
             name = f"{number:03d}_{path.parent.name}_{path.stem}"[:50]
             with gaussad.atomic_path(out / f"pictures/{name}.png") as part:
                 picture(x).save(part, "PNG")
@@ -213,12 +220,12 @@ def score_own(args: Namespace) -> int:
     for x in images:
         print(f"{x.anomaly_score:8.2f} {x.verdict:<9} {x.sample.path}")
     n, threshold = sum(x.verdict != "normal" for x in images), detector.threshold(args.false_alarms)
-    words = f"{n} of {len(images)} images are anomalous: they score above {threshold:.2f}."
+    words = f"{n} of {len(images)} images are called anomalous (score above {threshold:.2f})."
     if unread := len(samples) - len(images):
         words += f" {unread} images could not be read."
-    top = list(score(detector, [x.sample for x in images[: 2 * SHOWN]], args))
+    images[:SHOWN] = score(detector, [x.sample for x in images[:SHOWN]], args)  # with tensors
     body = f"<p class=lead>{words}</p>{histogram({'images': images}, threshold)}"
-    write(out / "report.html", page("Scored images", body + pictures({"most anomalous": top})))
+    write(out / "report.html", page("Scored images", body + pictures({"most anomalous": images})))
     print(f"{words} Report: {out / 'report.html'}")
     return 0 if len(images) == len(samples) else 2
 
@@ -226,7 +233,8 @@ def score_own(args: Namespace) -> int:
 def evaluate(args: Namespace, category: str, out: Path | None) -> dict:
     """Score and measure a category; write and print what is found. Returns the metrics."""
     path = find_detector(args, category)
-    if not args.out or not args.model and args.out in path.parents:
+    near = [folder.resolve() for folder in path.parents[:2]]
+    if not args.out or not args.model and args.out.resolve() in near:
         out = path.parent  # beside the detector, unless --out leads elsewhere
     train.check_output(out, [args.data / category / name for name in train.FOLDERS])
     detector, training = load_detector(path, args)
@@ -454,15 +462,14 @@ def report(category: str, words: str, metrics: dict, checks: list, images: list[
     }
     charts = histogram({"good": good, "defective": defective}, metrics["threshold"])
     charts += roc(good, defective) + training_curve(checks)
-    network = f"{metrics['backbone']}, step {metrics['best_step']} of fine-tuning (0: frozen)"
-    details = [("network", network), ("image size", metrics["image_size"])]
-    details += [(key, metrics[key]) for key in ("date", "detector", "detector_sha256")]
+    keys = ("backbone", "best_step", "image_size", "date", "detector", "detector_sha256")
+    details = [(key, metrics[key]) for key in keys]
     return page(
         category,
         f"<p class=lead>{escape(words)}</p><div class=figures>{''.join(figures)}</div>"
         f"<h2>Kinds of defect</h2>{html_table(rows)}<div class=charts>{charts}</div>"
         f"{pictures(kinds)}<h2>Other thresholds</h2>{html_table(thresholds)}"
-        f"<h2>Details</h2>{html_table(details)}",
+        f"<h2>Details</h2>{html_table(details)}<p>best_step is that of fine-tuning; 0 is frozen.",
     )
 
 
@@ -477,10 +484,10 @@ def html_table(rows: list[tuple]) -> str:
 def pictures(kinds: dict[str, list[Scored]]) -> str:
     """Some pictures of each kind that has images."""
     html = (
-        "<h2>Pictures</h2><p>Beside each image the same under its anomaly map. Yellow is what half "
-        "of the normal images reach at their most anomalous place, red what 1 % of them reach. "
-        "Outlined are the true defect (cyan) and what the map alone detects (white); the verdict "
-        "is by the anomaly score."
+        "<h2>Pictures</h2><p>Each image is shown beside a copy under its anomaly map: yellow is "
+        "what half of the normal images reach at their most anomalous place, red what 1 % of them "
+        "reach. Outlines: the true defect (cyan), detected by the map alone (white). The verdict "
+        "uses the anomaly score."
     )
     for kind, images in kinds.items():
         if images:
@@ -537,7 +544,7 @@ def training_curve(checks: list[dict]) -> str:
     marks = polyline(zip(steps, aurocs))
     for step, y, check in zip(steps, aurocs, checks):
         marks += f'<path class=kept d="M{step} {-y}h0"/>' if check["kept"] else ""
-    ranges, labels = ((0, steps[-1]), (min(aurocs), max(aurocs))), ("step", "AUROC, %")
+    ranges, labels = ((0, steps[-1]), (min(aurocs) - 0.1, max(aurocs) + 0.1)), ("step", "AUROC, %")
     return chart("Training, by augmented images (dots: kept)", marks, *ranges, *labels)
 
 

@@ -1098,12 +1098,15 @@ def test_results_of_an_earlier_detector_and_old_pictures_are_removed(demo, train
     assert evaluate.main([*given, "--pictures"]) == 0
     old = tmp_path / "run/pictures/999_good_old.png"
     old.touch()
-    assert evaluate.main(given) == 0 and old.exists()  # drawn by the same detector
     assert evaluate.main([*given, "--pictures"]) == 0 and not old.exists()
     assert len(os.listdir(tmp_path / "run/pictures")) == 41
+    model = ["--model", str(tmp_path / "run/detector.pt"), "--pictures"]
+    assert evaluate.main([*model, "--images", str(Path(demo[1], "demo/test/stain"))]) == 0
+    assert evaluate.main([*model[:2], "--images", str(Path(demo[1], "demo/test/good"))]) == 0
+    assert not os.listdir(tmp_path / "run/scored/pictures")
     assert train.main([*given, *TINY, "--steps", "0"]) == 0
     left = {path.name for path in (tmp_path / "run").rglob("*")}
-    assert left == {".lock", "detector.pt", "history.json", "pictures", "mine.png"}
+    assert left == {".lock", "detector.pt", "history.json", "pictures", "mine.png", "scored"}
 
 
 def test_several_categories_shared_by_torchrun_are_tabulated_though_one_fails(demo, cli, tmp_path):
@@ -1159,7 +1162,7 @@ def test_own_images_by_any_name_are_trained_on_and_scored_but_for_one(demo, cli,
     told = str([*map(str, told)])
     assert re.search("skipped 1 .*dangling.* as normal: ., in a folder.*1 of 53 .* copies", told)
     result = cli("train.py", "--normal", demo[1], "--out", tmp_path / "run")
-    assert_one_line(result, "is of a data set: give --data")
+    assert_one_line(result, "looks like a data set: give --data")
     (images / "br\noken_\udcff.png").touch()
     assert_one_line(cli(*given), "cannot read .*br oken_")
     given = ["evaluate.py", "--model", tmp_path / "run/detector.pt", "--images"]
@@ -1172,7 +1175,7 @@ def test_own_images_by_any_name_are_trained_on_and_scored_but_for_one(demo, cli,
     printed = [float(x) for x in re.findall(r"(?m)^ *(-?\d+\.\d\d) (?:normal|anom)", result[1])]
     assert printed == sorted(printed, reverse=True)  # the worst first
     n = sum(row["verdict"] == "anomalous" for row in rows)
-    assert f"{n} of {len(names)} images are anomalous" in result[1]
+    assert f"{n} of {len(names)} images are called anomalous" in result[1]
     cli(*given, images / "br\noken_\udcff.png")
     assert len(read_scores(tmp_path / "run/scored")[0]) == len(names)  # and not lost
 
@@ -1281,6 +1284,8 @@ def broken(demo, tmp_path_factory):
         ("evaluate.py --model ROOT/runs --category x", "of 'x' in .*: file, weights.pth"),
         ("evaluate.py --model RUN --false-alarms 5", "between 0 and 1"),
         ("evaluate.py --model RUN --image-size 5", "the detector knows its size"),
+        ("evaluate.py --model RUN/detector.pt --category a b", "is no folder of <category>"),
+        ("train.py --dem", "one of the arguments|not allowed|unrecognized"),
     ],
 )
 def test_bad_input_is_told_in_one_line(given, message, broken, demo, trained, cli, tmp_path):

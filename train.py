@@ -36,9 +36,9 @@ from torch.utils.data import DataLoader
 import gaussad
 from gaussad import AUGMENTATIONS, BLANKS, Check, FeatureExtractor, GaussianAD
 
-NO_SETTINGS = {"data", "normal", "out", "device", "workers", "force", "demo"}  # change no result
+NO_SETTINGS = {"data", "normal", "out", "device", "workers", "force", "demo"}  # make no other run
 DEMO = {"backbone": "mobilenet_v2", "weights": "random", "levels": [3, 4, 7], "image_size": 128}
-DEMO |= {"steps": 64, "out": Path("runs/demo")}  # no download; early levels help even so
+DEMO |= {"steps": 64, "out": Path("runs/demo")}  # no download; early levels help even at random
 LIMITS = {"image_size": (32, 4096), "steps": (0, 10**9), "lr": (0, 1e38), "seed": (0, 2**63 - 1)}
 LIMITS |= dict.fromkeys(("patience", "batch_size", "workers"), (1, 10**9))
 FOLDERS = ("train", "test", "ground_truth")  # of a category
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if distributed.is_torchelastic_launched():  # torchrun ends all processes when one has failed
         distributed.init_process_group("gloo", timeout=timedelta(days=365))
         distributed.barrier()
-    if args.demo and not failed:
+    if args.demo and runs and not failed:
         import evaluate  # which imports this module
 
         return evaluate.main([*evaluate_options(runs[0]), "--device", args.device])
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Namespace:
     """The options; a wrong one ends the program with one line and exit code 2."""
-    parser = ArgumentParser(usage=SUPPRESS, description=__doc__, formatter_class=Formatter)
+    kind = {"formatter_class": Formatter, "allow_abbrev": False}
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__, **kind)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, help="folder of categories in the MVTec AD layout")
     source.add_argument("--normal", type=Path, help="a plain folder of normal images")
@@ -82,14 +83,14 @@ def parse(argv: Sequence[str]) -> Namespace:
     add("--category", nargs="+", help="folders in --data; all: every one")
     add("--out", type=Path, help="folder of the run, or of the runs of several categories (runs)")
     add("--force", action="store_true", help="retrain from scratch")
-    add("--backbone", default="efficientnet_b4", help="or another, or a .py file (efficientnet_b4)")
+    add("--backbone", default="efficientnet_b4", help="torchvision's, or a .py file")
     add("--weights", default="imagenet", help="imagenet, random, or the path of a state dict")
-    add("--levels", type=int, nargs="+", help="numbered from 1 (those of stride 16 and more)")
-    add("--map-levels", type=int, nargs="+", help="of the anomaly map (those of stride 16)")
-    add("--covariance", default="full", help="full; for comparison diagonal or identity (full)")
+    add("--levels", type=int, nargs="+", help="levels to use, from 1 (stride 16 or more)")
+    add("--map-levels", type=int, nargs="+", help="levels of the anomaly map (stride 16)")
+    add("--covariance", default="full", help="full; diagonal and identity to compare (full)")
     add("--image-size", type=int, default=380, help="images are resized to squares (380)")
     add("--steps", type=int, default=512, help="at most; 0: the frozen network (512)")
-    add("--patience", type=int, default=3, help="checks without a gain to stop after (3)")
+    add("--patience", type=int, default=3, help="stop after so many checks not kept (3)")
     add("--lr", type=float, default=1e-4, help="learning rate of Adam (1e-4)")
     add(
         "--augmentations", nargs="+", choices=AUGMENTATIONS, default=[*BLANKS], help="(cutout scar)"
@@ -135,8 +136,8 @@ def train(args: Namespace, device: torch.device) -> None:
     torch.manual_seed(args.seed)  # for random weights
     extractor = FeatureExtractor(args.backbone, args.levels, args.weights)
     detector = GaussianAD(extractor, args.map_levels, args.covariance).to(device)
-    tensors = gaussad.load_images(list(images.values()), args.image_size, args.workers)
-    fit, held_out = map(torch.stack, gaussad.hold_out(tensors, args.seed))
+    parts = gaussad.hold_out(list(images.values()), args.seed)
+    fit, held_out = (gaussad.load_images(x, args.image_size, args.workers) for x in parts)
     if len(fit) < 50:
         warnings.warn(f"only {len(fit)} images to fit: thresholds are unreliable; 100 are better")
     with lock(args.out):
@@ -157,7 +158,7 @@ def normal_images(args: Namespace) -> dict[str, Path]:
         paths = gaussad.list_images([args.normal])
         folders = sorted({path.parent.relative_to(args.normal).as_posix() for path in paths})
         if any({"test", "ground_truth"} & set(folder.split("/")) for folder in folders):
-            raise ValueError(f"{args.normal} is of a data set: give --data, not --normal")
+            raise ValueError(f"{args.normal} looks like a data set: give --data, not --normal")
         if folders != ["."]:
             warnings.warn(f"images in all these folders are taken as normal: {', '.join(folders)}")
     images = {}
@@ -234,7 +235,8 @@ def fine_tune_and_save(
             save(args.out, training, detector if check.kept else None)
             last, saved = time.perf_counter(), f"from step {check.step}"
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on {saved}", file=sys.stderr)
+        again = "the same command without --force" if args.force else "the same command"
+        print(f"\ninterrupted; {again} goes on {saved}", file=sys.stderr)
         raise
     training |= {"finished": True, "state": None}
     save(args.out, training)
@@ -286,6 +288,7 @@ def save(out: Path, training: dict, detector: GaussianAD | None = None) -> None:
     if detector:
         detector.save(path, training=training)
         clear_evaluation(out)
+        clear_evaluation(out / "scored")
     else:
         gaussad.save_plain(gaussad.load_plain(path) | {"training": training}, path)
     kept = [check["step"] for check in training["checks"] if check["kept"]]
@@ -363,7 +366,7 @@ def print_error(error: Exception, where: object = "") -> None:
     """Print an error that a user can fix as one line; raise others again, for their traceback."""
     message = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate mem" in message:
-        message = "out of memory: use a smaller --batch-size or --image-size"
+        message = "out of memory: use smaller batches or images"
     elif not isinstance(error, (ValueError, OSError)):
         raise error
     elif isinstance(error, OSError) and error.filename:
