@@ -206,7 +206,6 @@ def _whitening(samples: Tensor, ridge: float, covariance: str) -> Tensor:
 
 # ---- 3. Detector -------------------------------------------------------------------------------
 
-COVARIANCES = ("full", "diagonal", "identity")
 MAP_RIDGE = 0.1  # fraction of the mean variance that is added to each variance of a map (ours)
 
 
@@ -228,8 +227,8 @@ class GaussianAD(nn.Module):
         covariance: str = "full",
     ) -> None:
         super().__init__()
-        if covariance not in COVARIANCES:
-            raise ValueError(f"covariance is one of {', '.join(COVARIANCES)}, not {covariance!r}")
+        if covariance not in ("full", "diagonal", "identity"):
+            raise ValueError(f"covariance is full, diagonal or identity, not {covariance!r}")
         if map_levels is None:
             octaves = {i: abs(math.log2(extractor.strides[i - 1] / 16)) for i in extractor.levels}
             map_levels = [i for i in octaves if octaves[i] == min(octaves.values())]
@@ -246,30 +245,31 @@ class GaussianAD(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """The pooled score sum_l d_l, with d_l the Mahalanobis distance of the spatial mean of
         level l: (B,) float64 (*earlier code*)."""
-        return self._pooled_score(self._maps_of(images))
+        return self._pooled_score(self._levels_of(images))
 
     def scores_and_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The pooled score (B,) float64, as `forward`, and the anomaly map (B, H, W) float32.
         At each location the map is the distance of the joined map levels to that location's
         Gaussian, as in PaDiM (Defard et al. 2020), resized to the image bilinearly (*ours*)."""
-        maps = self._maps_of(images)
-        distances = self.map_gaussian.distance(self._joined(maps)).float().unsqueeze(1)
-        resized = nn.functional.interpolate(distances, self.image_size, mode="bilinear")
-        return self._pooled_score(maps), resized.squeeze(1)
+        levels = self._levels_of(images)
+        distances = self.map_gaussian.distance(self._joined(levels)).float().unsqueeze(1)
+        maps = nn.functional.interpolate(distances, self.image_size, mode="bilinear").squeeze(1)
+        return self._pooled_score(levels), maps
 
-    def _maps_of(self, images: Tensor) -> list[Tensor]:
+    def _levels_of(self, images: Tensor) -> list[Tensor]:
+        """The feature maps of images of the size that the detector was fitted to."""
         if self.image_size != list(images.shape[-2:]):
             fitted = f"was fitted to {self.image_size}" if self.image_size else "is not fitted"
             raise ValueError(f"images of {list(images.shape[-2:])}, but the detector {fitted}")
         return self.extractor(images)
 
-    def _pooled_score(self, maps: list[Tensor]) -> Tensor:
-        levels = zip(self.pooled_gaussians, maps, strict=True)
-        return sum(gaussian.distance(x.mean((-2, -1))) for gaussian, x in levels)
+    def _pooled_score(self, levels: list[Tensor]) -> Tensor:
+        pairs = zip(self.pooled_gaussians, levels, strict=True)
+        return sum(gaussian.distance(x.mean((-2, -1))) for gaussian, x in pairs)
 
-    def _joined(self, maps: list[Tensor]) -> Tensor:
+    def _joined(self, levels: list[Tensor]) -> Tensor:
         """The map levels, resized to the first of them and joined: (B, h, w, C)."""
-        chosen = [x for level, x in zip(self.extractor.levels, maps) if level in self.map_levels]
+        chosen = [x for i, x in zip(self.extractor.levels, levels) if i in self.map_levels]
         size = chosen[0].shape[-2:]
         resized = [nn.functional.interpolate(x, size, mode="bilinear") for x in chosen]
         return torch.cat(resized, 1).permute(0, 2, 3, 1)
@@ -298,8 +298,8 @@ class GaussianAD(nn.Module):
         features = []
         for images in images_of(batches):
             self.image_size = list(images.shape[-2:])
-            maps = self.extractor(images)
-            features.append([*(x.mean((-2, -1)) for x in maps), self._joined(maps)])
+            levels = self.extractor(images)
+            features.append([*(x.mean((-2, -1)) for x in levels), self._joined(levels)])
         return features
 
     def _fit(self, features: list[list[Tensor]]) -> None:
@@ -545,8 +545,8 @@ def fine_tune(
         done, best = step, validation if kept else best
         checks_since_best = 0 if kept else checks_since_best + 1
         state = snapshot(detector, optimizer, pretrained, done, vars(best), checks_since_best)
-        mean_loss = fmean(losses) if losses else None
-        yield Check(step, kept, mean_loss, validation, gain, error, state)
+        loss = fmean(losses) if losses else None
+        yield Check(step, kept, loss, validation, gain, error, state)
 
 
 # ---- 6. Metrics --------------------------------------------------------------------------------

@@ -613,7 +613,7 @@ ERRORS = [
     (lambda d, x: FeatureExtractor(own_stages()), "mean and std"),
     (lambda d, x: FeatureExtractor([torch.nn.Flatten()], mean=3 * [0], std=3 * [1]), "maps"),
     (lambda d, x: GaussianAD(d.extractor, [3]), r"\[3\] are not among \[2, 4, 9\]"),
-    (lambda d, x: GaussianAD(d.extractor, covariance="none"), "full, diagonal, identity"),
+    (lambda d, x: GaussianAD(d.extractor, covariance="none"), "full, diagonal or identity"),
     (lambda d, x: GaussianAD(d.extractor)(x), "is not fitted"),
     (lambda d, x: d(x.long()), "uint8 or in"),
     (lambda d, x: d(255 * x), r"in \[0, 1\]"),
