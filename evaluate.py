@@ -55,20 +55,18 @@ TRUE, PREDICTED = (0, 235, 235), (255, 255, 255)  # outlines: cyan and white, vi
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for. Returns the exit code."""
     args = parse(argv)
-    args.several = False
     args.device = gaussad.pick_device(args.device)
     if args.images:
         return score_own(args)
     every = "all" in args.category
     names = gaussad.list_categories(args.data) if every else list(dict.fromkeys(args.category))
-    args.several = several = len(names) > 1 or every
+    several = len(names) > 1 or every
     if several and args.model and not args.model.is_dir():
         raise ValueError(f"--model {args.model} is no folder of <category>/detector.pt")
-    folder = args.model if args.model and args.model.is_dir() else Path("runs")
-    root, metrics = args.out or folder, {}
+    root, metrics = args.out or args.model or Path("runs"), {}
     for name in names:
         try:
-            metrics[name] = evaluate(args, name, root / name if several else args.out)
+            metrics[name] = evaluate(args, name, root / name if several else args.out, several)
         except Exception as error:
             train.print_error(error, name)
     if metrics and several:
@@ -107,11 +105,11 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     return args
 
 
-def find_detector(args: Namespace, category: str = "") -> Path:
-    """Where the detector of a category is; ValueError if there is none."""
+def find_detector(args: Namespace, category: str = "", several: bool = False) -> Path:
+    """Where the detector of a category, perhaps of several, is; ValueError if there is none."""
     homes = [args.model] if args.model else [*filter(None, [args.out]), Path("runs")]
     for home in homes:
-        alone = [] if args.several else [home / "detector.pt", home]
+        alone = [] if several else [home / "detector.pt", home]
         for path in (home / category / "detector.pt", *alone):
             if path.is_file():
                 return path
@@ -128,7 +126,7 @@ def load_detector(path: Path, args: Namespace) -> tuple[GaussianAD, dict]:
         levels = content.get("detector", {}).get("levels")
         extractor = FeatureExtractor(args.backbone, levels, "random")  # replaced by the detector's
     training = {"settings": {}, "checks": [], "finished": True, **content.get("training", {})}
-    return GaussianAD.load(path, args.device, extractor), training
+    return gaussad.detector_from(content, path, extractor).to(args.device), training
 
 
 class Scored(NamedTuple):
@@ -230,9 +228,9 @@ def score_own(args: Namespace) -> int:
     return 0 if len(images) == len(samples) else 2
 
 
-def evaluate(args: Namespace, category: str, out: Path | None) -> dict:
+def evaluate(args: Namespace, category: str, out: Path | None, several: bool) -> dict:
     """Score and measure a category; write and print what is found. Returns the metrics."""
-    path = find_detector(args, category)
+    path = find_detector(args, category, several)
     near = [folder.resolve() for folder in path.parents[:2]]
     if not args.out or not args.model and args.out.resolve() in near:
         out = path.parent  # beside the detector, unless --out leads elsewhere
@@ -256,11 +254,8 @@ def evaluate(args: Namespace, category: str, out: Path | None) -> dict:
     words = in_words(images, metrics) + " Training is not finished." * (not training["finished"])
     write(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write(out / "report.html", report(category, words, metrics, training["checks"], images))
-    print(
-        f"{category}, {path}",
-        table([(title, metrics[key]) for key, title in FIGURES.items()]),
-        sep="\n",
-    )
+    figures = table([(title, metrics[key]) for key, title in FIGURES.items()])
+    print(f"{category}, {path}", figures, sep="\n")
     print(f"{words} Report: {out / 'report.html'}")
     return metrics
 
@@ -326,18 +321,16 @@ def judge(scores: Tensor, labels: Tensor, threshold: float) -> dict:
 
 def in_words(images: list[Scored], metrics: dict) -> str:
     """How good the detector is, for somebody who does not know AUROC."""
-    n_of = lambda anomalous: Counter(x.sample.defect for x in images if x.anomalous == anomalous)
+    defects = Counter(x.sample.defect for x in images if x.anomalous)
     wrong = [x for x in images if x.anomalous != (x.verdict == "anomalous")]
     misses = Counter(x.sample.defect for x in wrong if x.anomalous)
-    good, defective, alarms = n_of(False).total(), n_of(True).total(), len(wrong) - misses.total()
-    words = (
-        f"{defective - misses.total()} of {defective} defective images found, {alarms} of {good}"
-    )
+    n, missed, alarms = defects.total(), misses.total(), len(wrong) - misses.total()
+    words = f"{n - missed} of {n} defective images found, {alarms} of {len(images) - n}"
     rate = f"{100 * metrics['expected_false_alarms']:g} %"
     words += f" good ones rejected, at {rate} expected false alarms"
     if misses:
-        kinds = ", ".join(f"{n} of {n_of(True)[kind]} {kind}" for kind, n in misses.most_common())
-        at_10 = round(defective * metrics["at_false_alarms"]["0.1"]["miss_rate"])
+        kinds = ", ".join(f"{k} of {defects[kind]} {kind}" for kind, k in misses.most_common())
+        at_10 = round(n * metrics["at_false_alarms"]["0.1"]["miss_rate"])
         words += f"; missed: {kinds}; with 10 % expected, {at_10} would be missed"
     return f"{words}."
 

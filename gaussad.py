@@ -170,12 +170,10 @@ class Gaussian(nn.Module):
         if n < 3:  # with two, the shrinkage is 0 and Σ is singular
             raise ValueError(f"a Gaussian needs at least three samples, not {n}")
         if not samples.isfinite().all():
-            raise ValueError(
-                "features are not finite: lower the learning rate, or check the weights"
-            )
+            raise ValueError("features are not finite: lower the learning rate, or check weights")
         pieces = samples.reshape(-1, n, c).split(32)  # bounds the memory that Σ takes
-        mean = torch.cat([x.double().mean(-2) for x in pieces])
-        whitening = torch.cat([_whitening(x, ridge, covariance) for x in pieces])
+        fits = [_mean_and_whitening(x, ridge, covariance) for x in pieces]
+        mean, whitening = (torch.cat(parts) for parts in zip(*fits))
         return cls(mean.view(*shape, c), whitening.view(*shape, c, c))
 
     def distance(self, x: Tensor) -> Tensor:
@@ -186,12 +184,12 @@ class Gaussian(nn.Module):
         return torch.linalg.vector_norm(whitened, dim=-1)
 
 
-def _whitening(samples: Tensor, ridge: float, covariance: str) -> Tensor:
-    """W = L⁻¹ with Σ = L Lᵀ (Cholesky), for samples (..., N, C)."""
-    sigma, _ = ledoit_wolf(samples)
+def _mean_and_whitening(samples: Tensor, ridge: float, covariance: str) -> tuple[Tensor, Tensor]:
+    """μ, and W = L⁻¹ with Σ = L Lᵀ (Cholesky), of samples (..., N, C)."""
+    mean, (sigma, _) = samples.double().mean(-2), ledoit_wolf(samples)
     variances = sigma.diagonal(dim1=-2, dim2=-1)  # a view: sigma changes with it
     variances += ridge
-    rounding = torch.finfo(torch.float32).eps * samples.double().mean(-2)  # less variance is noise
+    rounding = torch.finfo(torch.float32).eps * mean  # less variance is noise
     constant = variances.mean(-1) <= rounding.square().mean(-1)
     identity = torch.eye(sigma.shape[-1], dtype=sigma.dtype, device=sigma.device)
     if covariance == "diagonal":
@@ -201,7 +199,7 @@ def _whitening(samples: Tensor, ridge: float, covariance: str) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(sigma)
     if constant.any() or failed.any():
         raise ValueError("features do not vary: are all images the same, or is the rate too high?")
-    return torch.linalg.solve_triangular(factor, identity, upper=False)
+    return mean, torch.linalg.solve_triangular(factor, identity, upper=False)
 
 
 # ---- 3. Detector -------------------------------------------------------------------------------
@@ -313,9 +311,7 @@ class GaussianAD(nn.Module):
     def calibrate(self, batches: Iterable) -> GaussianAD:
         """Store the pooled score and the maximum of the map, (N, 2), of at least three held-out
         normal images, for `anomaly_score` and `threshold`. Returns self."""
-        scores = torch.cat(
-            [pooled_and_maximum(*self.scores_and_maps(x)) for x in images_of(batches)]
-        )
+        scores = torch.cat([image_scores(*self.scores_and_maps(x)) for x in images_of(batches)])
         if len(scores) < 3 or not (scores.std(0) > 0).all():  # NaN is not above 0 either
             raise ValueError("calibration needs at least three held-out images that differ")
         self.held_out_scores = scores
@@ -325,19 +321,21 @@ class GaussianAD(nn.Module):
         """The score used for ranking and decisions, (B,) float64, from what `scores_and_maps`
         returns: the pooled score plus the maximum of the map, each standardised over held-out
         normal images (*ours*)."""
-        if not len(self.held_out_scores):
-            raise ValueError("not calibrated; after fine_tune, load the last detector kept")
-        mean, std = self.held_out_scores.mean(0), self.held_out_scores.std(0)
-        anomaly_scores = ((pooled_and_maximum(scores, maps) - mean) / std).sum(1)
-        if not torch.compiler.is_compiling() and not anomaly_scores.isfinite().all():
-            raise ValueError(f"scores are not finite: {self.source} or an image holds NaN")
-        return anomaly_scores
+        return self._standardised(image_scores(scores, maps))
 
     def threshold(self, false_alarms: float = 0.05) -> float:
         """Threshold that a fraction `false_alarms`, in (0, 1), of the anomaly scores of normal
         images is expected to exceed."""
-        scores, maxima = self.held_out_scores.unbind(1)
-        return tail_quantile(self.anomaly_score(scores, maxima[:, None, None]), 1 - false_alarms)
+        return tail_quantile(self._standardised(self.held_out_scores), 1 - false_alarms)
+
+    def _standardised(self, scores: Tensor) -> Tensor:
+        if not len(self.held_out_scores):
+            raise ValueError("not calibrated; after fine_tune, load the last detector kept")
+        mean, std = self.held_out_scores.mean(0), self.held_out_scores.std(0)
+        anomaly_scores = ((scores - mean) / std).sum(1)
+        if not torch.compiler.is_compiling() and not anomaly_scores.isfinite().all():
+            raise ValueError(f"scores are not finite: {self.source} or an image holds NaN")
+        return anomaly_scores
 
     def save(self, path: str | Path, **more: object) -> None:
         """Save the detector, with `more` plain content, atomically. Raises OSError."""
@@ -356,7 +354,7 @@ class GaussianAD(nn.Module):
         """Rebuild what `save` wrote, on `device`. For your own network, pass an extractor built the
         same way. Nothing is downloaded, and no code in the file is run. Raises OSError if it cannot
         be read, ValueError if it holds no such detector."""
-        return load_detector(cls, path, extractor).to(device)
+        return detector_from(load_plain(path), path, extractor, cls).to(device)
 
 
 # ---- 4. Validator: when does fine-tuning begin to forget? --------------------------------------
@@ -459,7 +457,6 @@ class AugmentationValidator:
 
 
 # ---- 5. Fine-tuning ----------------------------------------------------------------------------
-
 
 FIRST_CHECK = 32  # steps: before, the features are unsettled, and a check misleads
 
@@ -649,7 +646,7 @@ def images_of(batches: Iterable) -> Iterator[Tensor]:
         raise ValueError("there are no images; pass a list or a DataLoader, not an iterator")
 
 
-def pooled_and_maximum(scores: Tensor, maps: Tensor) -> Tensor:
+def image_scores(scores: Tensor, maps: Tensor) -> Tensor:
     """The pooled score and the maximum of the map, (B, 2)."""
     return torch.stack([scores, maps.amax((-2, -1)).double()], 1)
 
@@ -791,12 +788,12 @@ def _load_weights(network: nn.Module, backbone: str, path: str | Path) -> None:
     """Load a state dict, which may be nested in a checkpoint and may lack the classifier."""
     state = load_plain(path)
     state = state.get("state_dict", state.get("model", state))
+    unneeded = re.compile(r"(classifier|fc)\.|.*num_batches_tracked")
     try:
-        state = {k: v for k, v in state.items() if not k.startswith(("classifier.", "fc."))}
+        state = {key: x for key, x in state.items() if not unneeded.match(key)}
         wrong = sum(network.load_state_dict(state, strict=False), [])
     except (AttributeError, RuntimeError) as error:  # no tensors by name, or of other shapes
         wrong = str(error).splitlines()[-1:]
-    unneeded = re.compile(r"(classifier|fc)\.|.*num_batches_tracked")
     if wrong := [key for key in wrong if not unneeded.match(key)]:
         raise ValueError(f"{path} is not a state dict of {backbone}: see {wrong[0].strip()}")
 
@@ -871,11 +868,11 @@ def list_images(paths: Sequence[str | Path]) -> list[Path]:
     once. Warns of files that are skipped. Raises ValueError for a path without images."""
     images = {}
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
         found, skipped = ([path], []) if path.is_file() else walk(path)
         kinds = ", ".join(sorted({x.suffix for x in skipped}))
         others = f"{len(skipped)} files that cannot be read as images ({kinds})"
-        if not path.exists():
-            raise ValueError(f"{path} does not exist")
         if not found:
             hint = f"but {others}: convert them" if skipped else "which is empty"
             raise ValueError(f"no images in {path}, {hint}")
@@ -998,11 +995,13 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def load_detector(
-    kind: type[GaussianAD], path: str | Path, extractor: FeatureExtractor | None
+def detector_from(
+    content: dict,
+    path: str | Path,
+    extractor: FeatureExtractor | None = None,
+    kind: type[GaussianAD] = GaussianAD,
 ) -> GaussianAD:
-    """See `GaussianAD.load`."""
-    content = load_plain(path)
+    """The detector in the content of a file that `GaussianAD.save` wrote: see `GaussianAD.load`."""
     try:
         settings, state = content["detector"], content["state"]
         if extractor is None and settings["backbone"] not in BACKBONES:
