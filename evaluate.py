@@ -2,33 +2,31 @@
 # SPDX-License-Identifier: MIT
 """Score the test images of categories, or any images, with the detectors that train.py saved.
 
-    python evaluate.py --data mvtec/ --category screw --pictures
-    python evaluate.py --data mvtec/ --category all
-    python evaluate.py --model runs/screw/detector.pt --images photos/new
+    python evaluate.py --data mvtec/ --category screw --pictures   # runs/screw/results/
+    python evaluate.py --data mvtec/ --category all                # and runs/results.csv
+    python evaluate.py --category mine --images photos/new         # runs/mine/scored/
 
-Reads runs/<category>/detector.pt; writes metrics.json, scores.csv and report.html, and if asked for
-a folder of pictures, beside it; for several categories also results.json, .csv and .html.
-For your own --images, all but the metrics goes to a folder `scored` beside the detector."""
+Reads <runs>/<category>/detector.pt. Writes metrics.json, scores.csv, report.html and, if asked for,
+pictures/ into one folder, which replaces that of an earlier evaluation as a whole."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import os
 import warnings
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from argparse import RawDescriptionHelpFormatter as Formatter
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from html import escape
-from itertools import repeat
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -36,8 +34,7 @@ from PIL import Image
 from torch import Tensor
 
 import gaussad
-import train
-from gaussad import NORMAL, FeatureExtractor, GaussianAD, Sample, aupro, auroc
+from gaussad import NORMAL, FeatureExtractor, GaussianAD, Sample
 
 FIGURES = {
     "image_auroc_both": "image AUROC, anomaly score (decides)",
@@ -47,7 +44,7 @@ FIGURES = {
     "aupro": "AU-PRO up to 30 % FPR",
 }
 RESULTS = (*FIGURES, "false_alarm_rate", "miss_rate", "f1")  # what is averaged over categories
-COLUMNS = ("path", "defect", "label", "verdict", "anomaly_score", "pooled_score", "map_maximum")
+SCORES = ("anomaly_score", "pooled_score", "map_maximum")
 SHOWN = 6  # pictures of a kind in the report
 TRUE, PREDICTED = (0, 235, 235), (255, 255, 255)  # outlines: cyan and white, visible on the heat
 
@@ -56,256 +53,268 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for. Returns the exit code."""
     args = parse(argv)
     args.device = gaussad.pick_device(args.device)
-    if args.images:
-        return score_own(args)
-    every = "all" in args.category
-    names = gaussad.list_categories(args.data) if every else list(dict.fromkeys(args.category))
-    several = len(names) > 1 or every
-    if several and args.model and not args.model.is_dir():
-        raise ValueError(f"--model {args.model} is no folder of <category>/detector.pt")
-    root, metrics = args.out or args.model or Path("runs"), {}
+    names, metrics = gaussad.category_names(args.category, args.data), {}
     for name in names:
         try:
-            metrics[name] = evaluate(args, name, root / name if several else args.out, several)
+            metrics[name] = evaluate(args, name)
         except Exception as error:
-            train.print_error(error, name)
-    if metrics and several:
-        write_results(root, metrics)
-    return 0 if metrics.keys() == set(names) else 2
+            gaussad.print_error(error, name)
+    if metrics and args.data and (len(names) > 1 or "all" in args.category):
+        write_results(args.runs, metrics)
+    complete = metrics.keys() == set(names) and not any(x["n_unreadable"] for x in metrics.values())
+    return 0 if complete else 2
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The options; a wrong one ends the program with one line and exit code 2."""
-    kind = {"formatter_class": Formatter, "allow_abbrev": False}
+    kind = {"formatter_class": gaussad.HelpFormatter, "allow_abbrev": False}
     parser = ArgumentParser(usage=SUPPRESS, description=__doc__, **kind)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="folder of categories in the MVTec AD layout")
+    source.add_argument("--images", type=Path, nargs="+", help="your own images, files or folders")
     add = parser.add_argument
-    add("--data", type=Path, help="folder of the categories, in the MVTec AD layout")
-    add("--category", nargs="+", metavar="NAME", help="folders in --data; all: every one")
-    add("--images", type=Path, nargs="+", metavar="PATH", help="your own images, files or folders")
-    add("--model", type=Path, help="detector, or folder of <category>/detector.pt (--out or runs)")
+    add("--category", nargs="+", required=True, help="names of runs; all: all folders in --data")
+    add("--runs", type=Path, default="runs", help="folder of the runs")
     add("--backbone", metavar="FILE", help="the .py file of your own network, as for train.py")
-    add("--out", type=Path, help="folder of the results (default: that of the detector)")
     add("--pictures", action="store_true", help="draw the anomaly map of each image")
-    add("--false-alarms", type=float, default=0.05, help="expected fraction, 0 to 1 (0.05)")
-    add("--batch-size", type=int, default=16, metavar="N", help="images in a batch (16)")
-    add("--workers", type=int, default=2, metavar="N", help="threads that decode images (2)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto: a GPU if any)")
-    add("--image-size", help=SUPPRESS)
+    add("--false-alarms", type=float, default=0.05, help="expected fraction, between 0 and 1")
+    add("--batch-size", type=int, default=16, help="images in a batch")
+    add("--workers", type=int, default=os.cpu_count(), help="threads that decode images")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any")
     args = parser.parse_args(argv)
-    if args.image_size:
-        parser.error("--image-size is an option of train.py: the detector knows its size")
     if not 0 < args.false_alarms < 1:
         parser.error("--false-alarms must be between 0 and 1")
     if min(args.batch_size, args.workers) < 1:
         parser.error("--batch-size and --workers must be at least 1")
-    own = args.images and args.model and not args.data and not args.category
-    labelled = args.data and args.category and not args.images
-    if not own and not labelled:
-        parser.error("give --data and --category, or --images and --model")
+    if args.images and len(args.category) > 1:
+        parser.error("--images needs one --category, the name of a run")
     return args
 
 
-def find_detector(args: Namespace, category: str = "", several: bool = False) -> Path:
-    """Where the detector of a category, perhaps of several, is; ValueError if there is none."""
-    homes = [args.model] if args.model else [*filter(None, [args.out]), Path("runs")]
-    for home in homes:
-        alone = [] if several else [home / "detector.pt", home]
-        for path in (home / category / "detector.pt", *alone):
-            if path.is_file():
-                return path
-    there = sorted(path.parent.name for home in homes for path in home.glob("*/detector.pt"))
-    hint = f"; there are: {', '.join(there)}" if there else ": run train.py first, or give --model"
-    places = " or ".join(map(str, homes))
-    raise ValueError(f"no detector {category and f'of {category!r} '}in {places}{hint}")
+def evaluate(args: Namespace, category: str) -> dict:
+    """Score images with the detector of a run; write, then print what is found, and return it."""
+    run = args.runs / category
+    folders = args.images or [args.data / category / name for name in gaussad.FOLDERS]
+    gaussad.check_run(run, filter(Path.is_dir, folders))
+    detector, details = load_run(args, run)
+    if args.data:
+        place, samples = run / "results", gaussad.list_samples(args.data, category, "test")
+    else:
+        samples = [Sample(path, "", None) for path in gaussad.list_images(args.images)]
+        place = run / "scored"
+    with gaussad.replacing(place) as out:
+        found = score(detector, samples, args, out)
+        for message in contradictions(found, args):
+            warnings.warn(f"{category}: {message}")
+        metrics = measure(found, detector, args) | details
+        metrics["n_unreadable"] = len(samples) - len(found.samples)
+        words = in_words(found, metrics)
+        write_scores(out / "scores.csv", found)
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        page = report(category, words, metrics, found)  # file names as the file system has them
+        (out / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
+    if args.data:
+        print(f"{category}, {details['detector']}")
+        print(table([(title, metrics[key]) for key, title in FIGURES.items()]))
+    else:
+        for i in found.ranked:
+            print(f"{found.scores[i, 0]:8.2f} {found.verdicts[i]:<9} {found.samples[i].path}")
+    print(f"{words} Report: {place / 'report.html'}")
+    return metrics
 
 
-def load_detector(path: Path, args: Namespace) -> tuple[GaussianAD, dict]:
-    """A detector and its training (no settings and checks if train.py did not make it)."""
-    content, extractor = gaussad.load_plain(path), None
-    if args.backbone:
-        levels = content.get("detector", {}).get("levels")
-        extractor = FeatureExtractor(args.backbone, levels, "random")  # replaced by the detector's
-    training = {"settings": {}, "checks": [], "finished": True, **content.get("training", {})}
-    return gaussad.detector_from(content, path, extractor).to(args.device), training
+def load_run(args: Namespace, run: Path) -> tuple[GaussianAD, dict]:
+    """The detector of a run, and what metrics.json says of it."""
+    path = run / "detector.pt"
+    if not path.is_file():
+        there = ", ".join(sorted(x.parent.name for x in args.runs.glob("*/detector.pt")))
+        hint = f"there are: {there}" if there else "run train.py first, or give --runs"
+        raise ValueError(f"no detector {path}; {hint}")
+    with path.open("rb") as file:  # it stays the same even if another takes its place meanwhile
+        sha256, extractor = hashlib.file_digest(file, "sha256").hexdigest(), None
+        if args.backbone:
+            levels = gaussad.load_plain(file).get("levels")
+            extractor = FeatureExtractor(args.backbone, levels, "random")
+        detector = GaussianAD.load(file, args.device, extractor)
+    training = {"settings": {}, "checks": [], "state": None}
+    if (run / "checkpoint.pt").is_file():
+        training |= gaussad.load_plain(run / "checkpoint.pt")
+    args.trained_on = set(training["settings"].get("images", ()))
+    return detector, {
+        "backbone": detector.extractor.backbone,
+        "best_step": max((x["step"] for x in training["checks"] if x["kept"]), default=None),
+        "image_size": detector.image_size,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "detector": path.as_posix(),
+        "detector_sha256": sha256,
+        "training_finished": training["state"] is None,
+        "checks": training["checks"],
+    }
+
+
+# ---- Scores ------------------------------------------------------------------------------------
 
 
 class Scored(NamedTuple):
-    """An image and its results; tensors are on the CPU."""
+    """Images and their scores, in one order; all tensors are on the CPU."""
 
-    sample: Sample
-    anomalous: bool  # as its folder says
-    image: Tensor  # (3, H, W) uint8
-    mask: Tensor  # (H, W) bool, where it is known to be anomalous
-    anomaly_score: float
-    pooled_score: float
-    map_maximum: float
-    map: Tensor  # (H, W)
+    samples: list[Sample]
+    digests: list[str]  # of the files
+    scores: Tensor  # (N, 3), as SCORES
+    tensors: dict[int, tuple[Tensor, Tensor, Tensor]]  # image, map and mask, by number
     threshold: float  # of the anomaly score
     limits: list[float]  # of the map: where heat begins, yellow; the outline; where heat is red
 
     @property
-    def scores(self) -> tuple[float, float, float]:
-        return self.anomaly_score, self.pooled_score, self.map_maximum
+    def labels(self) -> Tensor:
+        """(N,) bool: anomalous, as the folder says."""
+        return torch.tensor([sample.defect != NORMAL for sample in self.samples])
 
     @property
-    def verdict(self) -> str:
-        return "anomalous" if self.anomaly_score > self.threshold else "normal"
+    def verdicts(self) -> list[str]:
+        return ["anomalous" if x > self.threshold else "normal" for x in self.scores[:, 0]]
+
+    @property
+    def ranked(self) -> list[int]:
+        """The numbers of the images, most anomalous first."""
+        return self.scores[:, 0].argsort(descending=True).tolist()
 
 
 @torch.inference_mode()
-def score(detector: GaussianAD, samples: list[Sample], args: Namespace) -> Iterator[Scored]:
-    """The images, in order; your own only if they can be read."""
-    threshold, maxima = detector.threshold(args.false_alarms), detector.held_out_scores[:, 1]
+def score(detector: GaussianAD, samples: list[Sample], args: Namespace, out: Path) -> Scored:
+    """Score images; draw pictures of all if asked to. Of your own images, which may be many, only
+    the tensors of the most anomalous are kept, and those that cannot be read are left out."""
+    maxima, read, digests, scores, tensors = detector.held_out_scores[:, 1], [], [], [], {}
     limits = [gaussad.tail_quantile(maxima, 1 - rate) for rate in (0.5, args.false_alarms, 0.01)]
-    read = lambda sample: load(sample, detector.image_size, strict=args.data is not None)
-    with ThreadPoolExecutor(args.workers) as pool:
-        for start in range(0, len(samples), args.batch_size):
-            batch = [x for x in pool.map(read, samples[start : start + args.batch_size]) if x]
-            if not batch:
-                continue
-            scores, maps = detector.scores_and_maps(torch.stack([x[2] for x in batch]))
-            anomaly_scores = detector.anomaly_score(scores, maps)
-            values = (x.tolist() for x in (anomaly_scores, scores, maps.amax((1, 2))))
-            rest = maps.cpu(), repeat(threshold), repeat(limits)
-            yield from map(Scored, *zip(*batch), *values, *rest)
-            train.progress(f"{start + len(batch)} of {len(samples)} images scored")
-    train.progress("")
-
-
-def load(sample: Sample, size: list[int], strict: bool) -> tuple | None:
-    """(sample, anomalous, image, mask); of a bad file ValueError if `strict`, or else None."""
-    anomalous, mask = sample.defect != NORMAL, torch.zeros(size, dtype=torch.bool)
-    try:
-        if sample.mask and anomalous:
-            mask = gaussad.load_mask(sample.mask, size, sample.path)
-        return sample, anomalous, gaussad.load_image(sample.path, size), mask
-    except ValueError as error:
-        if strict:
-            raise
-        train.print_error(error)
-        return None
-
-
-def score_all(out: Path, detector: GaussianAD, samples: list, args: Namespace) -> list[Scored]:
-    """Write scores.csv, and pictures numbered as its rows. Returns the images that can be read;
-    your own without tensors, as there may be many."""
-    images, rows = [], [COLUMNS]
-    for number, x in enumerate(score(detector, samples, args), start=1):
-        label, path = int(x.anomalous) if args.data else None, x.sample.path.absolute()
-        rows.append((path.as_posix(), x.sample.defect, label, x.verdict, *x.scores))
-        if number == 1:
-            train.clear_evaluation(out, files=())  # pictures that belong to other scores
-        if args.pictures:
-            (out / "pictures").mkdir(parents=True, exist_ok=True)
-            name = f"{number:03d}_{path.parent.name}_{path.stem}"[:50]
-            with gaussad.atomic_path(out / f"pictures/{name}.png") as part:
-                picture(x).save(part, "PNG")
-        images.append(x if args.data else x._replace(image=None, mask=None, map=None))
-    if not images:
+    threshold = detector.threshold(args.false_alarms)
+    (out / "pictures").mkdir(parents=True)
+    for batch in decoded(samples, detector.image_size, args):
+        images = torch.stack([image for _, _, image, _ in batch])
+        pooled, maps = detector.scores_and_maps(images)
+        anomaly = detector.anomaly_score(pooled, maps)
+        scores += torch.stack([anomaly, pooled, maps.amax((1, 2))], 1).tolist()
+        for (sample, digest, image, mask), anomaly_map in zip(batch, maps.cpu()):
+            tensors[len(read)] = image, anomaly_map, mask
+            read.append(sample)
+            digests.append(digest)
+            if args.pictures:
+                number = f"{len(read):0{len(str(len(samples)))}d}"  # so that they sort
+                name = f"{number}_{sample.path.parent.name}_{sample.path.stem}"[:50]
+                image = picture(image, anomaly_map, mask, limits)
+                image.save(out / f"pictures/{name}.png")
+        if args.images:
+            for i in sorted(tensors, key=lambda i: scores[i][0])[:-SHOWN]:
+                del tensors[i]
+        gaussad.progress(f"{len(read)} of {len(samples)} images scored")
+    gaussad.progress("")
+    if not read:
         raise ValueError("none of these images can be read")
-    write_csv(out / "scores.csv", rows)
-    return images
+    if not args.pictures:
+        (out / "pictures").rmdir()
+    scores = torch.tensor(scores, dtype=torch.float64)
+    return Scored(read, digests, scores, tensors, threshold, limits)
 
 
-def score_own(args: Namespace) -> int:
-    """Score images of no data set, most anomalous first. Returns the exit code."""
-    path = find_detector(args)
-    out = args.out or path.parent / "scored"
-    train.check_output(out, filter(Path.is_dir, args.images))
-    samples = [Sample(image, "", None) for image in gaussad.list_images(args.images)]
-    detector, _ = load_detector(path, args)
-    images = sorted(score_all(out, detector, samples, args), key=lambda x: -x.anomaly_score)
-    for x in images:
-        print(f"{x.anomaly_score:8.2f} {x.verdict:<9} {x.sample.path}")
-    n, threshold = sum(x.verdict != "normal" for x in images), detector.threshold(args.false_alarms)
-    words = f"{n} of {len(images)} images are called anomalous (score above {threshold:.2f})."
-    if unread := len(samples) - len(images):
-        words += f" {unread} images could not be read."
-    images[:SHOWN] = score(detector, [x.sample for x in images[:SHOWN]], args)  # with tensors
-    body = f"<p class=lead>{words}</p>{histogram({'images': images}, threshold)}"
-    write(out / "report.html", page("Scored images", body + pictures({"most anomalous": images})))
-    print(f"{words} Report: {out / 'report.html'}")
-    return 0 if len(images) == len(samples) else 2
+def decoded(samples: list[Sample], size: list[int], args: Namespace) -> Iterator[list[tuple]]:
+    """Batches of (sample, digest of its file, image, mask), the next one being read while the
+    present one is used. A bad image of your own is told and left out."""
+
+    def read(sample: Sample) -> tuple | None:
+        try:
+            mask = torch.zeros(size, dtype=torch.bool)
+            if sample.mask and sample.defect != NORMAL:
+                mask = gaussad.load_mask(sample.mask, size, sample.path)
+            image = gaussad.load_image(sample.path, size)
+            return sample, gaussad.digest(sample.path), image, mask
+        except (ValueError, OSError) as error:
+            if args.data:
+                raise
+            gaussad.print_error(error)
+
+    n = args.batch_size
+    batches = [samples[i : i + n] for i in range(0, len(samples), n)]
+    with ThreadPoolExecutor(args.workers) as pool:
+        coming = pool.map(read, batches[0])
+        for following in [*batches[1:], []]:
+            present, coming = coming, pool.map(read, following)
+            if batch := [x for x in present if x]:
+                yield batch
 
 
-def evaluate(args: Namespace, category: str, out: Path | None, several: bool) -> dict:
-    """Score and measure a category; write and print what is found. Returns the metrics."""
-    path = find_detector(args, category, several)
-    near = [folder.resolve() for folder in path.parents[:2]]
-    if not args.out or not args.model and args.out.resolve() in near:
-        out = path.parent  # beside the detector, unless --out leads elsewhere
-    train.check_output(out, [args.data / category / name for name in train.FOLDERS])
-    detector, training = load_detector(path, args)
-    trained_on = training["settings"].get("category")
-    if trained_on not in (None, category):
-        raise ValueError(f"{path} is the detector of {trained_on!r}, not of {category!r}")
-    samples = gaussad.list_samples(args.data, category, "test")
-    images = score_all(out, detector, samples, args)
-    for message in contradictions(images):
-        warnings.warn(f"{category}: {message}")
-    metrics = measure(images, detector, args.false_alarms) | {
-        "best_step": max((x["step"] for x in training["checks"] if x["kept"]), default=None),
-        "backbone": detector.extractor.backbone,
-        "image_size": detector.image_size,
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "detector": path.as_posix(),
-        "detector_sha256": train.digest(path),
-    }
-    words = in_words(images, metrics) + " Training is not finished." * (not training["finished"])
-    write(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write(out / "report.html", report(category, words, metrics, training["checks"], images))
-    figures = table([(title, metrics[key]) for key, title in FIGURES.items()])
-    print(f"{category}, {path}", figures, sep="\n")
-    print(f"{words} Report: {out / 'report.html'}")
-    return metrics
+def write_scores(path: Path, found: Scored) -> None:
+    """Write scores.csv: a row for each image; without a label if it has no folder that says it."""
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "defect", "label", "verdict", *SCORES))
+        for x, verdict, scores in zip(found.samples, found.verdicts, found.scores.tolist()):
+            label = int(x.defect != NORMAL) if x.defect else None
+            writer.writerow((x.path.absolute().as_posix(), x.defect, label, verdict, *scores))
 
 
-def contradictions(images: list[Scored]) -> Iterator[str]:
-    """What is odd about the test images and their masks, each with a count."""
-    defective, stems = [x for x in images if x.anomalous], {x.sample.path.stem for x in images}
-    for kind, n in (("good", len(images) - len(defective)), ("defective", len(defective))):
+# ---- Figures -----------------------------------------------------------------------------------
+
+
+def contradictions(found: Scored, args: Namespace) -> Iterator[str]:
+    """What contradicts itself in the images, each with a count."""
+    if n := sum(digest in args.trained_on for digest in found.digests):
+        yield f"{n} of these images were trained on: their scores mean little"
+    if args.images:
+        return
+    marked = {i: mask.float().mean().item() for i, (_, _, mask) in found.tensors.items()}
+    defective = found.labels.nonzero().flatten().tolist()
+    for kind, n in (("good", len(marked) - len(defective)), ("defective", len(defective))):
         if n == 0:
             yield f"no {kind} test images, so no AUROC; good ones belong in test/{NORMAL}"
-    if n := sum(not x.mask.any() for x in defective):
+    if n := sum(marked[i] == 0 for i in defective):
         place = "it is ground_truth/<defect>/<stem>_mask.png"
         yield f"pixel figures leave out {n} images whose mask is missing or empty: {place}"
-    if n := sum(x.mask.float().mean().item() > 0.5 for x in defective):
-        yield f"{n} masks mark more than half of their image; are they inverted? 0 is normal"
-    if n := sum(x.sample.mask is not None for x in images if not x.anomalous):
+    masks, large = (sum(marked[i] > x for i in defective) for x in (0, 0.5))
+    if large > masks / 2:
+        yield f"{large} of {masks} masks mark more than half of their image; are they inverted?"
+    if n := sum(x.mask is not None for x in found.samples if x.defect == NORMAL):
         yield f"{n} masks of good images are ignored; are these images in the right folder?"
+    stems = {sample.path.stem for sample in found.samples}
     if n := sum(f"{stem}_mask" in stems for stem in stems):
         yield f"{n} masks lie among the images and are scored; move them to ground_truth"
+    places = {(digest, x.defect) for digest, x in zip(found.digests, found.samples)}
+    if n := len(places) - len(set(found.digests)):
+        yield f"{n} images lie in a second folder of test/, too: which one is right?"
 
 
-def measure(images: list[Scored], detector: GaussianAD, false_alarms: float) -> dict:
+def measure(found: Scored, detector: GaussianAD, args: Namespace) -> dict:
     """The figures of metrics.json; None where undefined."""
-    anomaly, pooled, maxima = torch.tensor([x.scores for x in images], dtype=torch.float64).T
-    labels = torch.tensor([x.anomalous for x in images])
-    known = [x for x in images if x.mask.any() or not x.anomalous]
-    maps = torch.stack([x.map for x in known]) if known else torch.zeros(0)
-    masks = torch.stack([x.mask for x in known]) if known else torch.zeros(0)
-    defined = lambda metric, x, truth: metric(x, truth) if 0 < truth.sum() < truth.numel() else None
+    anomaly, pooled, maxima = found.scores.T
+    n_called = int((anomaly > found.threshold).sum())
+    metrics = {"expected_false_alarms": args.false_alarms, "n_called_anomalous": n_called}
+    if args.images:
+        return {**metrics, "threshold": found.threshold, "n_images": len(found.samples)}
+    labels = found.labels
+    known = [i for i in found.tensors if not labels[i] or found.tensors[i][2].any()]
+    maps = torch.stack([found.tensors[i][1] for i in known]).to(args.device) if known else labels
+    masks = torch.stack([found.tensors[i][2] for i in known]).to(args.device) if known else labels
+
+    def defined(metric, x: Tensor, truth: Tensor) -> float | None:
+        return metric(x, truth) if 0 < truth.sum() < truth.numel() else None
+
     area, missed = {}, {}
-    for defect in sorted({x.sample.defect for x in images if x.anomalous}):
-        chosen = torch.tensor([x.sample.defect in (NORMAL, defect) for x in images])
-        area[defect] = defined(auroc, anomaly[chosen], labels[chosen])
-        verdicts = [x.verdict for x in images if x.sample.defect == defect]
-        missed[defect] = verdicts.count("normal") / len(verdicts)
-    at = {rate: judge(anomaly, labels, detector.threshold(rate)) for rate in (0.01, 0.05, 0.1)}
-    return {
-        "image_auroc": defined(auroc, pooled, labels),
-        "image_auroc_from_map": defined(auroc, maxima, labels),
-        "image_auroc_both": defined(auroc, anomaly, labels),
+    for defect in sorted({x.defect for x in found.samples} - {NORMAL}):
+        own = torch.tensor([x.defect == defect for x in found.samples])
+        area[defect] = defined(gaussad.auroc, anomaly[own | ~labels], labels[own | ~labels])
+        missed[defect] = judge(anomaly[own], labels[own], found.threshold)["miss_rate"]
+    at = {str(x): judge(anomaly, labels, detector.threshold(x)) for x in (0.01, 0.05, 0.1)}
+    return metrics | {
+        "image_auroc": defined(gaussad.auroc, pooled, labels),
+        "image_auroc_from_map": defined(gaussad.auroc, maxima, labels),
+        "image_auroc_both": defined(gaussad.auroc, anomaly, labels),
         "image_auroc_per_defect": area,
         "miss_rate_per_defect": missed,
-        "pixel_auroc": defined(auroc, maps, masks),
-        "aupro": defined(aupro, maps, masks),
-        "expected_false_alarms": false_alarms,
-        **judge(anomaly, labels, detector.threshold(false_alarms)),
-        "at_false_alarms": {str(rate): found for rate, found in at.items()},
+        "pixel_auroc": defined(gaussad.auroc, maps, masks),
+        "aupro": defined(gaussad.aupro, maps, masks),
+        **judge(anomaly, labels, found.threshold),
+        "at_false_alarms": at,
         "n_normal": int((~labels).sum()),
         "n_anomalous": int(labels.sum()),
-        "n_without_mask": len(images) - len(known),
+        "n_without_mask": len(found.samples) - len(known),
     }
 
 
@@ -313,46 +322,49 @@ def judge(scores: Tensor, labels: Tensor, threshold: float) -> dict:
     """What a threshold gives; F1 = 2 hits / (2 hits + misses + false alarms)."""
     above = scores > threshold
     hits, alarms = above[labels], above[~labels]
-    rate = lambda part: part.double().mean().item() if len(part) else None
-    f1 = 2 * int(hits.sum()) / (int(above.sum()) + len(hits)) if len(hits) else None
-    rates = {"false_alarm_rate": rate(alarms), "miss_rate": rate(~hits)}
-    return {"threshold": threshold, **rates, "f1": f1}
+    return {
+        "threshold": threshold,
+        "false_alarm_rate": alarms.double().mean().item() if len(alarms) else None,
+        "miss_rate": (~hits).double().mean().item() if len(hits) else None,
+        "f1": 2 * int(hits.sum()) / (int(above.sum()) + len(hits)) if len(hits) else None,
+    }
 
 
-def in_words(images: list[Scored], metrics: dict) -> str:
+def in_words(found: Scored, metrics: dict) -> str:
     """How good the detector is, for somebody who does not know AUROC."""
-    defects = Counter(x.sample.defect for x in images if x.anomalous)
-    wrong = [x for x in images if x.anomalous != (x.verdict == "anomalous")]
-    misses = Counter(x.sample.defect for x in wrong if x.anomalous)
-    n, missed, alarms = defects.total(), misses.total(), len(wrong) - misses.total()
-    words = f"{n - missed} of {n} defective images found, {alarms} of {len(images) - n}"
+    unfinished = "" if metrics["training_finished"] else " Training is not finished."
+    if "n_images" in metrics:
+        words = f"{metrics['n_called_anomalous']} of {metrics['n_images']} images are called "
+        words += f"anomalous (score above {found.threshold:.2f})."
+        if metrics["n_unreadable"]:
+            words += f" {metrics['n_unreadable']} images could not be read."
+        return words + unfinished
+    defects = Counter(x.defect for x in found.samples if x.defect != NORMAL)
+    passed = [x.defect for x, y in zip(found.samples, found.verdicts) if y == "normal"]
+    misses = Counter(defect for defect in passed if defect != NORMAL)
+    n, good = metrics["n_anomalous"], metrics["n_normal"]
     rate = f"{100 * metrics['expected_false_alarms']:g} %"
-    words += f" good ones rejected, at {rate} expected false alarms"
+    words = f"{n - misses.total()} of {n} defective images found, {good - passed.count(NORMAL)} of "
+    words += f"{good} good ones rejected, at {rate} expected false alarms"
     if misses:
         kinds = ", ".join(f"{k} of {defects[kind]} {kind}" for kind, k in misses.most_common())
         at_10 = round(n * metrics["at_false_alarms"]["0.1"]["miss_rate"])
         words += f"; missed: {kinds}; with 10 % expected, {at_10} would be missed"
-    return f"{words}."
+    return f"{words}.{unfinished}"
 
 
 def write_results(root: Path, metrics: dict[str, dict]) -> None:
-    """Write results.json, .csv and .html: categories, their mean and its standard error."""
-    found = {name: {key: values[key] for key in RESULTS} for name, values in metrics.items()}
-    mean, error = {}, {}
+    """Write and print results.csv: categories, their mean and its standard error."""
+    rows = [(name, *(values[key] for key in RESULTS)) for name, values in metrics.items()]
+    mean, error = ["mean"], ["standard_error"]
     for key in RESULTS:
-        known = [row[key] for row in found.values() if row[key] is not None]
-        mean[key] = fmean(known) if known else None
-        error[key] = stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
-    of_all = {"mean": mean, "standard_error": error}
-    write(root / "results.json", json.dumps({"categories": found, **of_all}, indent=2) + "\n")
-    rows = [("category", *RESULTS)]
-    rows += [(name, *row.values()) for name, row in [*found.items(), *of_all.items()]]
-    write_csv(root / "results.csv", rows)
-    links = "".join(f"<li><a href='{quote(x)}/report.html'>{escape(x)}</a>" for x in found)
-    titles = ("category", *(FIGURES.get(key, key.replace("_", " ")) for key in RESULTS))
-    body = f"{html_table([titles, *rows[1:]])}<h2>Reports</h2><ul>{links}</ul>"
-    write(root / "results.html", page("Results", body))
-    print(table(rows), f"results.json, .csv and .html are in {root}", sep="\n")
+        known = [values[key] for values in metrics.values() if values[key] is not None]
+        mean.append(fmean(known) if known else None)
+        error.append(stdev(known) / len(known) ** 0.5 if len(known) > 1 else None)
+    rows = [("category", *RESULTS), *rows, mean, error]
+    with gaussad.replacing(root / "results.csv") as new, new.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    print(f"{table(rows)}\n{root / 'results.csv'}")
 
 
 def shown(x: object) -> str:
@@ -360,44 +372,28 @@ def shown(x: object) -> str:
     return f"{x:.3f}" if isinstance(x, float) else "-" if x is None else str(x)
 
 
-def percent(x: float | None) -> str:
-    """A rate, such as 0.5, as a percentage."""
-    return "-" if x is None else f"{100 * x:.1f} %"
-
-
 def table(rows: list[tuple]) -> str:
     """Rows in columns of text."""
-    rows = [[shown(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-    cells = lambda row: (x.rjust(width) for x, width in zip(row[1:], widths[1:]))
-    return "\n".join(row[0].ljust(widths[0]) + "".join(cells(row)) for row in rows)
-
-
-def write(path: Path, content: str) -> None:
-    """Write a file, and make the folder that it lies in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gaussad.atomic_path(path) as part:  # file names are written as the file system has them
-        part.write_text(content, encoding="utf-8", errors="surrogateescape", newline="")
-
-
-def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
-    content = io.StringIO(newline="")
-    csv.writer(content).writerows(rows)
-    write(path, content.getvalue())
+    cells = [[shown(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) + 2 for column in zip(*cells)]
+    return "\n".join(
+        row[0].ljust(widths[0]) + "".join(x.rjust(n) for x, n in zip(row[1:], widths[1:]))
+        for row in cells
+    )
 
 
 # ---- Pictures and the report -------------------------------------------------------------------
 
 
-def picture(x: Scored) -> Image.Image:
+def picture(image: Tensor, heat: Tensor, mask: Tensor, limits: list[float]) -> Image.Image:
     """The image, and beside it the same under its map, with the true and the predicted outline."""
-    yellow, limit, red = x.limits
-    heat = ((x.map.double() - yellow) / (red - yellow)).clamp(0, 1).numpy()[..., None]
-    plain = x.image.permute(1, 2, 0).numpy()
-    colour = np.concatenate([0 * heat + 255, 255 * (1 - heat), 0 * heat], -1)
-    painted = plain + (colour - plain) * 0.7 * heat**0.5
-    for region, colour in ((x.map > limit, PREDICTED), (x.mask, TRUE)):
-        painted[outline(region).numpy()] = colour
+    yellow, limit, red = limits
+    strength = ((heat.double() - yellow) / (red - yellow)).clamp(0, 1).numpy()[..., None]
+    plain = image.permute(1, 2, 0).numpy()
+    colour = np.concatenate([0 * strength + 255, 255 * (1 - strength), 0 * strength], -1)
+    painted = plain + (colour - plain) * 0.7 * strength**0.5
+    painted[outline(heat > limit).numpy()] = PREDICTED
+    painted[outline(mask).numpy()] = TRUE
     gap = np.full_like(plain[:, :6], 255)
     return Image.fromarray(np.concatenate([plain, gap, painted.round().astype(np.uint8)], 1))
 
@@ -409,73 +405,67 @@ def outline(region: Tensor) -> Tensor:
     return region & (near > 0)
 
 
-STYLE = """:root { color-scheme: light dark } svg { width: 100%; max-height: 320px }
+STYLE = """:root { color-scheme: light dark } svg { width: 100%; max-width: 640px }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: auto; padding: 1em }
-.lead { font-size: 1.25em } .figures, .charts, .pictures { display: grid; gap: 1em 2em }
+.lead { font-size: 1.25em } .figures, .pictures { display: grid; gap: 1em 2em }
 .figures { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)) }
 .pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)) }
 .figures b { font-size: 2em; display: block } figure { margin: 0 } img { width: 100% }
 figure, table, svg, h2 { break-inside: avoid } h2, h3 { break-after: avoid }
 figcaption, p { overflow-wrap: anywhere } td, th { padding: 0 1em 0 0; text-align: right }
 td:first-child, th:first-child { text-align: left } .scroll { overflow-x: auto }
 text { font-size: 12px; fill: currentColor } .good { fill: #0072b2; background: #0072b2 }
 .bad { fill: #d55e00; background: #d55e00 } i { padding: 0 .5em; margin: 0 .2em 0 .6em }
-path, polyline { fill: none; stroke: currentColor; stroke-width: 2 }
-svg svg * { vector-effect: non-scaling-stroke } .kept { stroke-width: 9; stroke-linecap: round }"""
+path { fill: none; stroke: currentColor; stroke-width: 2 }"""
 
 
-def page(title: str, body: str) -> str:
-    """A page of HTML that needs no other file and no script."""
-    head = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width="
-    head += f"device-width'><title>{escape(title)}</title><style>{STYLE}</style>"
-    return f"{head}<h1>{escape(title)}</h1>{body}\n"
+def report(category: str, words: str, metrics: dict, found: Scored) -> str:
+    """All that was found, as one page of HTML that needs no other file and no script."""
+    labels, verdicts, figures, defects = found.labels.tolist(), found.verdicts, "", ""
+    kinds = {"most anomalous": found.ranked}
+    if "n_images" not in metrics:
+        for key, title in FIGURES.items():
+            value = "-" if metrics[key] is None else f"{metrics[key]:.1%}"
+            figures += f"<div><b>{value}</b>{title}</div>"
+        rows = [("defect", "images", "found", "missed", "AUROC of the anomaly score")]
+        for defect, value in metrics["image_auroc_per_defect"].items():
+            n = sum(x.defect == defect for x in found.samples)
+            missed = round(n * metrics["miss_rate_per_defect"][defect])
+            rows.append((defect, n, n - missed, missed, value))
+        defects = f"<h2>Kinds of defect</h2>{html_table(rows)}"
 
+        def ranked(label: bool, verdict: str) -> list[int]:
+            return [i for i in found.ranked if labels[i] == label and verdicts[i] == verdict]
 
-def report(category: str, words: str, metrics: dict, checks: list, images: list[Scored]) -> str:
-    """All that was found of a category, as one page."""
-    figures = [f"<div><b>{percent(metrics[key])}</b>{FIGURES[key]}</div>" for key in FIGURES]
-    rows = [("defect", "images", "found", "missed", "AUROC of the anomaly score")]
-    for defect, value in metrics["image_auroc_per_defect"].items():
-        verdicts = [x.verdict for x in images if x.sample.defect == defect]
-        found, missed = verdicts.count("anomalous"), verdicts.count("normal")
-        rows.append((defect, len(verdicts), found, missed, percent(value)))
-    thresholds = [("expected false alarms", "threshold", "false alarms", "missed", "F1")]
-    for expected, judged in metrics["at_false_alarms"].items():
-        threshold, *rates = judged.values()
-        thresholds.append((percent(float(expected)), threshold, *map(percent, rates)))
-    ranked = sorted(images, key=lambda x: -x.anomaly_score)
-    good, defective = ([x for x in ranked if x.anomalous == kind] for kind in (False, True))
-    called = lambda verdict, images: [x for x in images if x.verdict == verdict]
-    kinds = {
-        "misses, worst first": called("normal", defective[::-1]),
-        "false alarms, worst first": called("anomalous", good),
-        "defective images that were found, clearest first": called("anomalous", defective),
-        "good images, most anomalous first": called("normal", good),
-    }
-    charts = histogram({"good": good, "defective": defective}, metrics["threshold"])
-    charts += roc(good, defective) + training_curve(checks)
-    keys = ("backbone", "best_step", "image_size", "date", "detector", "detector_sha256")
-    details = [(key, metrics[key]) for key in keys]
-    return page(
-        category,
-        f"<p class=lead>{escape(words)}</p><div class=figures>{''.join(figures)}</div>"
-        f"<h2>Kinds of defect</h2>{html_table(rows)}<div class=charts>{charts}</div>"
-        f"{pictures(kinds)}<h2>Other thresholds</h2>{html_table(thresholds)}"
-        f"<h2>Details</h2>{html_table(details)}<p>best_step is that of fine-tuning; 0 is frozen.",
+        kinds = {
+            "misses, worst first": ranked(True, "normal")[::-1],
+            "false alarms, worst first": ranked(False, "anomalous"),
+            "defective images that were found, clearest first": ranked(True, "anomalous"),
+            "good images, most anomalous first": ranked(False, "normal"),
+        }
+    keys = ("threshold", "backbone", "best_step", "image_size", "date", "detector")
+    details = html_table([(key, metrics[key]) for key in (*keys, "detector_sha256")])
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="
+        f"'width=device-width'><title>{escape(category)}</title><style>{STYLE}</style>"
+        f"<h1>{escape(category)}</h1><p class=lead>{escape(words)}</p>"
+        f"<div class=figures>{figures}</div>{defects}{histogram(found)}"
+        f"{pictures(found, kinds)}<h2>Details</h2>{details}"
+        "<p>best_step is the step of fine-tuning that was kept last; 0 is the frozen network.\n"
     )
 
 
 def html_table(rows: list[tuple]) -> str:
     """Rows in a table, the first of them as a header if there are more than two columns."""
-    tags = ["th" if len(rows[0]) > 2 else "td", *["td"] * (len(rows) - 1)]
-    cells = lambda tag, row: "".join(f"<{tag}>{escape(shown(cell))}" for cell in row)
-    html = "".join(f"<tr>{cells(tag, row)}" for tag, row in zip(tags, rows))
+    html = ""
+    for i, row in enumerate(rows):
+        tag = "th" if i == 0 and len(row) > 2 else "td"
+        html += "<tr>" + "".join(f"<{tag}>{escape(shown(cell))}" for cell in row)
     return f"<div class=scroll><table>{html}</table></div>"
 
 
-def pictures(kinds: dict[str, list[Scored]]) -> str:
-    """Some pictures of each kind that has images."""
+def pictures(found: Scored, kinds: dict[str, list[int]]) -> str:
+    """Some pictures of each kind that has images, each with a caption."""
     html = (
         "<h2>Pictures</h2><p>Each image is shown beside a copy under its anomaly map: yellow is "
         "what half of the normal images reach at their most anomalous place, red what 1 % of them "
@@ -484,83 +474,51 @@ def pictures(kinds: dict[str, list[Scored]]) -> str:
     )
     for kind, images in kinds.items():
         if images:
-            title = f"{min(len(images), SHOWN)} of {len(images)} {kind}"
             html += (
-                f"<h3>{title}</h3><div class=pictures>{''.join(map(figure, images[:SHOWN]))}</div>"
+                f"<h3>{min(len(images), SHOWN)} of {len(images)} {kind}</h3><div class=pictures>"
             )
+            html += "".join(figure(found, i) for i in images[:SHOWN]) + "</div>"
     return html
 
 
-def figure(x: Scored) -> str:
+def figure(found: Scored, i: int) -> str:
     """A picture with its caption."""
-    path, buffer = x.sample.path, io.BytesIO()
-    picture(x).save(buffer, "JPEG", quality=90)
+    path, buffer = found.samples[i].path, io.BytesIO()
+    picture(*found.tensors[i], found.limits).save(buffer, "JPEG", quality=90)
     data = b64encode(buffer.getvalue()).decode()
     name = escape(f"{path.parent.name}/{path.name}")
     image = f'<img src="data:image/jpeg;base64,{data}" alt="{name} and its anomaly map">'
-    caption = f"{name}: {x.verdict}, score {x.anomaly_score:.1f}, threshold {x.threshold:.1f}"
+    scores = f"score {found.scores[i, 0]:.1f}, threshold {found.threshold:.1f}"
+    caption = f"{name}: {found.verdicts[i]}, {scores}"
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def histogram(images: dict[str, list[Scored]], threshold: float) -> str:
-    """How many images of each kind, good first, have which anomaly score."""
-    values = [[x.anomaly_score for x in found] for found in images.values()]
-    edges = np.histogram_bin_edges([threshold, *sum(values, [])], 40)
-    width, top, marks, legend = edges[1] - edges[0], 1, "", ""
-    for colour, kind, found in zip(("good", "bad"), images, values):
-        legend += f"<i class={colour}></i>{kind}"
-        for left, n in zip(edges, np.histogram(found, edges)[0]):
-            size = f'x="{left}" y="{-n}" width="{width}" height="{n}"'
-            marks, top = f'{marks}<rect class={colour} {size} opacity=".7"/>', max(top, n)
-    marks += f'<path d="M{threshold} 0V{-top}"/>'
-    title = f"Scores{legend}, line: threshold"
-    return chart(title, marks, (edges[0], edges[-1]), (0, top), "anomaly score", "images")
-
-
-def roc(good: list[Scored], defective: list[Scored]) -> str:
-    """The ROC curve of the anomaly score."""
-    if not good or not defective:
-        return ""
-    scores = [np.sort([x.anomaly_score for x in found]) for found in (good, defective)]
-    thresholds = np.unique([np.inf, *scores[0], *scores[1]])
-    x, y = (100 - 100 * np.searchsorted(found, thresholds) / len(found) for found in scores)
-    axes = (0, 100), (0, 100), "good rejected, %", "defective found, %"
-    return chart("ROC curve", polyline(zip(x, y)), *axes)
-
-
-def training_curve(checks: list[dict]) -> str:
-    """The validator's AUROC over the steps of training, with a dot where a check was kept."""
-    if len(checks) < 2:
-        return ""
-    steps = [check["step"] for check in checks]
-    aurocs = [100 * check["auroc"] for check in checks]
-    marks = polyline(zip(steps, aurocs))
-    for step, y, check in zip(steps, aurocs, checks):
-        marks += f'<path class=kept d="M{step} {-y}h0"/>' if check["kept"] else ""
-    ranges, labels = ((0, steps[-1]), (min(aurocs) - 0.1, max(aurocs) + 0.1)), ("step", "AUROC, %")
-    return chart("Training, by augmented images (dots: kept)", marks, *ranges, *labels)
-
-
-def polyline(points: Iterable[tuple[float, float]]) -> str:
-    return f'<polyline points="{" ".join(f"{x},{-y}" for x, y in points)}"/>'
-
-
-def chart(title: str, marks: str, x: tuple, y: tuple, x_label: str, y_label: str) -> str:
-    """A chart in SVG, with marks in the units of the data, but y upside down."""
-    ticks, label = "", "<text text-anchor=middle transform="
-    for part, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
-        at_x, at_y = (f"{low + part * (high - low):.3g}" for low, high in (x, y))
-        ticks += f"<text x={50 + 360 * part} y=226 text-anchor={anchor}>{at_x}</text>"
-        ticks += f"<text x=44 y={212 - 196 * part} text-anchor=end>{at_y}</text>"
-    box = f"{x[0]} {-y[1]} {x[1] - x[0]} {y[1] - y[0]}"
+def histogram(found: Scored) -> str:
+    """A chart of how many images, good and defective, have which anomaly score."""
+    scores, labels = found.scores[:, 0].numpy(), found.labels.numpy()
+    edges = np.histogram_bin_edges([found.threshold, *scores], 40)
+    groups = {"good": scores[~labels], "defective": scores[labels]}
+    if not found.samples[0].defect:  # your own images have no labels
+        groups = {"images": scores}
+    counts = {name: np.histogram(group, edges)[0] for name, group in groups.items()}
+    top = max(1, *(max(count) for count in counts.values()))
+    marks, legend = "", ""
+    for colour, (name, count) in zip(("good", "bad"), counts.items()):
+        legend += f"<i class={colour}></i>{name}"
+        for k, height in enumerate(200 * count / top):
+            place = f"x={50 + 9 * k} y={210 - height:.1f} width=9 height={height:.1f}"
+            marks += f"<rect class={colour} {place} opacity=.7 />"
+    line = 50 + 360 * (found.threshold - edges[0]) / (edges[-1] - edges[0])
+    marks += f"<path d='M{line:.1f} 10V210M50 10V210H410'/>"
+    texts = [(44, 16, top), (44, 212, 0), (230, 243, "anomaly score")]
+    texts += [(50 + 9 * k, 226, f"{edges[k]:.3g}") for k in (0, 20, 40)]
+    for x, y, text in texts:
+        marks += f"<text x={x} y={y} text-anchor={'end' if x < 50 else 'middle'}>{text}</text>"
     return (
-        f"<div><h3>{title}</h3><svg viewBox='0 0 420 246' role=img aria-label='{y_label} against "
-        f"{x_label}'><path d='M50 10V210H410'/>{ticks}{label}'translate(230 243)'>{x_label}</text>"
-        f"{label}'translate(10 110) rotate(-90)'>{y_label}</text><svg x=50 y=10 width=360 "
-        f"height=200 preserveAspectRatio=none overflow=visible viewBox='{box}'>{marks}</svg></svg>"
-        "</div>"
+        f"<h2>Scores</h2><p>Number of images with a score:{legend}; line: threshold"
+        f"<svg viewBox='0 0 420 246' role=img aria-label='histogram of scores'>{marks}</svg>"
     )
 
 
 if __name__ == "__main__":
-    train.run_program(main)
+    gaussad.run_program(main)

@@ -27,14 +27,14 @@ import sys
 import unicodedata
 import warnings
 import zipfile
-from collections import Counter
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import chain, count, islice, pairwise, repeat
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import BinaryIO, NamedTuple
@@ -97,7 +97,6 @@ class FeatureExtractor(nn.Module):
         self.levels = sorted(set(map(int, levels)))
         if not self.levels or self.levels[0] < 1 or self.levels[-1] > len(shapes):
             raise ValueError(f"this network has the levels 1 to {len(shapes)}, not {levels}")
-        self.channels = [shapes[level - 1][0] for level in self.levels]
         self.stages = self.stages[: self.levels[-1]]
         self.to(memory_format=torch.channels_last)  # 1.6 times faster on a CPU
 
@@ -252,29 +251,26 @@ class GaussianAD(nn.Module):
         if not self.map_levels or not set(self.map_levels) <= set(extractor.levels):
             raise ValueError(f"map levels {map_levels} are not among {extractor.levels}")
         self.extractor, self.covariance = extractor, covariance
-        self.pooled_gaussians = nn.ModuleList()  # one per level, once fitted
-        self.map_gaussian: Gaussian | None = None
+        self.gaussians = nn.ModuleList()  # once fitted, one per level and one for the map
         self.image_size: list[int] | None = None  # [H, W] of the images it was fitted to
         self.register_buffer("held_out_scores", torch.zeros(0, 2, dtype=torch.float64))
 
     def forward(self, images: Tensor) -> Tensor:
         """The pooled score sum_l d_l, with d_l the Mahalanobis distance of the spatial mean of
         level l: (B,) float64 (*earlier code*)."""
-        pooled, _ = self._features(images)
-        return self._pooled_score(pooled)
+        return self._pooled_score(self._features(images))
 
     def scores_and_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The pooled score (B,) float64, as `forward`, and the anomaly map (B, H, W) float32.
         At each location the map is the distance of the joined map levels to that location's
         Gaussian, as in PaDiM (Defard et al. 2020), resized to the image bilinearly (*ours*)."""
-        pooled, joined = self._features(images)
-        return self._pooled_score(pooled), self._maps(joined)
+        features = self._features(images)
+        return self._pooled_score(features), self._maps(features)
 
-    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The spatial means of all levels, (B, sum C_l), and the map levels, resized to the first
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """The spatial mean of each level, (B, C_l), and last the map levels, resized to the first
         of them and joined, (B, h, w, C)."""
         levels, size = self.extractor(images), list(images.shape[-2:])
-        pooled = torch.cat([x.mean((-2, -1)) for x in levels], 1)
         chosen = [x for i, x in zip(self.extractor.levels, levels) if i in self.map_levels]
         h, w = chosen[0].shape[-2:]
         resized = [nn.functional.interpolate(x, (h, w), mode="bilinear") for x in chosen]
@@ -286,16 +282,15 @@ class GaussianAD(nn.Module):
                 warnings.warn(f"the map's Gaussians take {gigabytes:.1f} GB: {advice}")
         if self.image_size != size:
             raise ValueError(f"images of {size} after those of {self.image_size}: resize them")
-        return pooled, joined
+        return [*(x.mean((-2, -1)) for x in levels), joined]
 
-    def _pooled_score(self, pooled: Tensor) -> Tensor:
-        if not self.pooled_gaussians:
+    def _pooled_score(self, features: list[Tensor]) -> Tensor:
+        if not self.gaussians:
             raise ValueError("the detector is not fitted")
-        parts = pooled.split(self.extractor.channels, 1)
-        return sum(gaussian.distance(x) for gaussian, x in zip(self.pooled_gaussians, parts))
+        return sum(gaussian.distance(x) for gaussian, x in zip(self.gaussians, features[:-1]))
 
-    def _maps(self, joined: Tensor) -> Tensor:
-        distances = self.map_gaussian.distance(joined).float().unsqueeze(1)
+    def _maps(self, features: list[Tensor]) -> Tensor:
+        distances = self.gaussians[-1].distance(features[-1]).float().unsqueeze(1)
         return nn.functional.interpolate(distances, self.image_size, mode="bilinear").squeeze(1)
 
     def fit(self, batches: Iterable) -> GaussianAD:
@@ -303,9 +298,7 @@ class GaussianAD(nn.Module):
         label). Returns self. Holds the features of all images meanwhile: 0.7 MB each for
         EfficientNet-B4 at 380 px."""
         self.image_size = None
-        pooled, joined = self._features_of(batches)
-        self._fit_pooled(pooled)
-        self._fit_maps(joined)
+        self.gaussians = self._fitted(self._features_of(batches))
         return self
 
     def calibrate(self, held_out: Tensor, batch_size: int = 16) -> GaussianAD:
@@ -317,32 +310,29 @@ class GaussianAD(nn.Module):
         defects would pass as normal. So images whose pooled score or maximum of the map is over 2.5
         times the median are left out, with a warning (*ours*). On seventeen clean sets that was one
         image; twice the median, or Tukey's fences, cut more."""
-        pooled, joined = self._features_of(held_out.split(batch_size))
-        warn_of_outliers(self._calibrate(pooled, joined))
+        warn_of_outliers(self._calibrate(self._features_of(held_out.split(batch_size))))
         return self
 
     @torch.no_grad()
-    def _features_of(self, batches: Iterable) -> tuple[Tensor, Tensor]:
-        pooled, joined = zip(*(self._features(images) for images in images_of(batches)))
-        return torch.cat(pooled), torch.cat(joined)
+    def _features_of(self, batches: Iterable) -> list[Tensor]:
+        parts = [self._features(images) for images in images_of(batches)]
+        return [torch.cat(features) for features in zip(*parts)]
 
     @torch.no_grad()
-    def _fit_pooled(self, pooled: Tensor) -> None:
-        parts = pooled.split(self.extractor.channels, 1)
-        gaussians = [Gaussian.fit(samples, covariance=self.covariance) for samples in parts]
-        self.pooled_gaussians = nn.ModuleList(gaussians)
+    def _fitted(self, features: list[Tensor]) -> nn.ModuleList:
+        """A Gaussian of each of some features (N, ..., C)."""
+        gaussians = nn.ModuleList()
+        for x in features:
+            ridge = MAP_RIDGE * x.var(0, correction=0).mean().item() if x.ndim == 4 else 0.0
+            gaussians.append(Gaussian.fit(x.movedim(0, -2), ridge, self.covariance))
+        return gaussians
 
     @torch.no_grad()
-    def _fit_maps(self, joined: Tensor) -> None:
-        ridge = MAP_RIDGE * joined.var(0, correction=0).mean().item()
-        self.map_gaussian = Gaussian.fit(joined.movedim(0, -2), ridge, self.covariance)
-
-    @torch.no_grad()
-    def _calibrate(self, pooled: Tensor, joined: Tensor) -> dict[int, float]:
+    def _calibrate(self, features: list[Tensor]) -> dict[int, float]:
         """`calibrate` on features. Returns the outliers: number of the image → score / median."""
-        pieces = joined.split(16)  # bounds the memory that maps take
-        maxima = torch.cat([self._maps(x).amax((-2, -1)) for x in pieces]).double()
-        scores = torch.stack([self._pooled_score(pooled), maxima], 1)
+        pieces = zip(*(x.split(16) for x in features))  # bounds the memory that maps take
+        maxima = torch.cat([self._maps(piece).amax((-2, -1)) for piece in pieces])
+        scores = torch.stack([self._pooled_score(features), maxima.double()], 1)
         over_median = (scores / scores.median(0).values).amax(1)
         usual = scores[over_median <= OUTLIER]
         if len(usual) < 3 or not (usual.std(0) > 0).all():  # NaN is not above 0 either
@@ -372,22 +362,15 @@ class GaussianAD(nn.Module):
 
     def get_state(self) -> dict:
         """The network's weights and all that was fitted, in plain tensors and numbers."""
-        return {
-            "network": self.extractor.state_dict(),
-            "pooled_gaussians": [gaussian.state_dict() for gaussian in self.pooled_gaussians],
-            "map_gaussian": self.map_gaussian.state_dict(),
-            "held_out_scores": self.held_out_scores,
-            "image_size": self.image_size,
-        }
+        state = {"network": self.extractor.state_dict(), "image_size": self.image_size}
+        state["gaussians"] = [gaussian.state_dict() for gaussian in self.gaussians]
+        return {**state, "held_out_scores": self.held_out_scores}
 
     def set_state(self, state: dict) -> None:
         """Take over what `get_state` of another detector of the same network returned."""
         self.extractor.load_state_dict(state["network"])
-        gaussians = [Gaussian(**tensors) for tensors in state["pooled_gaussians"]]
-        self.pooled_gaussians = nn.ModuleList(gaussians)
-        self.map_gaussian = Gaussian(**state["map_gaussian"])
-        self.held_out_scores = state["held_out_scores"]
-        self.image_size = state["image_size"]
+        self.gaussians = nn.ModuleList(Gaussian(**tensors) for tensors in state["gaussians"])
+        self.held_out_scores, self.image_size = state["held_out_scores"], state["image_size"]
 
     def save(self, path: str | Path) -> None:
         """Save the detector atomically. Raises OSError; the old file then stays."""
@@ -563,10 +546,11 @@ class AugmentationValidator:
         if len(images) < 3 or images.dtype != torch.uint8:
             raise ValueError("the validator needs at least three held-out images, uint8")
         self.normal, self.augmented = images, {}
-        images = images.repeat(math.ceil(n_augmented / len(images)), 1, 1, 1)
+        rounds = range(math.ceil(n_augmented / len(images)))
         with seeded(seed):
             for name, augment in augmentations.items():
-                versions = [_blend(images, augment(images), opacity) for opacity in OPACITIES]
+                opacities = [opacity for _ in rounds for opacity in OPACITIES]
+                versions = [_blend(images, augment(images), opacity) for opacity in opacities]
                 self.augmented[name] = torch.cat(versions)
 
     @torch.no_grad()
@@ -657,8 +641,7 @@ def fine_tune(
     tuned = GaussianAD(deepcopy(detector.extractor), detector.map_levels, detector.covariance)
     optimizer = torch.optim.Adam(tuned.parameters(), lr=lr)
     done = pretrained = last_kept = None  # the step, the Gaussians, the validation
-    not_kept = 0  # checks since the last one kept
-    warned = set()
+    not_kept, warned = 0, set()  # checks since the last one kept; outliers
     if state is not None:
         tuned.extractor.load_state_dict(state["network"])
         optimizer.load_state_dict(deepcopy(state["optimizer"]))  # Adam would write to its tensors
@@ -671,7 +654,7 @@ def fine_tune(
         step = 0 if done is None else min(max(FIRST_CHECK, 2 * done), steps)
         losses = []
         with seeded(seed + step), torch.enable_grad(), full_precision():
-            tuned.pooled_gaussians = pretrained  # the target: held fixed
+            tuned.gaussians = pretrained  # the target: held fixed
             endless = chain.from_iterable(images_of(batches) for _ in count())
             for images in islice(endless, step - (done or 0)):
                 optimizer.zero_grad()
@@ -681,20 +664,20 @@ def fine_tune(
                 losses.append(loss.item())
                 on_step((done or 0) + len(losses), losses[-1])
 
-            pooled, joined = tuned._features_of(batches)
-            held_pooled, held_joined = tuned._features_of(held_out.split(batch_size))
-            tuned._fit_pooled(pooled)
+            fitted = tuned._features_of(batches)
+            others = tuned._features_of(held_out.split(batch_size))
+            tuned.gaussians = tuned._fitted(fitted[:-1])
             if step == 0:
-                pretrained = tuned.pooled_gaussians  # each fit makes new ones, so these stay
-            validation = validator(tuned, batch_size, tuned._pooled_score(held_pooled))
+                pretrained = tuned.gaussians
+            validation = validator(tuned, batch_size, tuned._pooled_score(others))
             gain, error = validation.gain_over(last_kept) if last_kept else (None, None)
             kept = last_kept is None or gain > error
             if kept:
-                tuned._fit_maps(joined)
-                outliers = tuned._calibrate(held_pooled, held_joined)
+                tuned.gaussians = tuned.gaussians + tuned._fitted(fitted[-1:])
+                outliers = tuned._calibrate(others)
                 normal = [i for i in range(len(held_out)) if i not in outliers]
-                tuned._fit_pooled(torch.cat([pooled, held_pooled[normal]]))
-                tuned._fit_maps(torch.cat([joined, held_joined[normal]]))
+                everything = [torch.cat([x, y[normal]]) for x, y in zip(fitted, others)]
+                tuned.gaussians = tuned._fitted(everything)
                 detector.set_state(tuned.get_state())
                 warn_of_outliers({i: outliers[i] for i in outliers if i not in warned}, names)
                 warned |= outliers.keys()
@@ -946,6 +929,7 @@ def fold_batch_norm(module: nn.Module) -> None:
 # ---- 9. Images and data sets in the MVTec AD layout --------------------------------------------
 
 NORMAL = "good"  # MVTec AD's name for the folder of normal images
+FOLDERS = ("train", "test", "ground_truth")  # of a category
 
 
 class Sample(NamedTuple):
@@ -993,9 +977,9 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
             samples.append(Sample(path, defect, masks.get(place, place)))
     if not samples:
         raise ValueError(f"no images in {home / NORMAL}, where {split} images are expected")
-    uses = Counter(sample.mask for sample in samples if sample.mask)
-    if shared := sum(n for n in uses.values() if n > 1):
-        warnings.warn(f"{category}: {shared} images share a mask, as only their suffixes differ")
+    masked = [sample.mask for sample in samples if sample.mask]
+    if shared := len(masked) - len(set(masked)):
+        warnings.warn(f"{category}: {shared} images have a mask that another one of that name has")
     return samples
 
 
@@ -1056,7 +1040,7 @@ def load_images(
     if not paths:
         raise ValueError("no images to load: give at least one path")
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        return torch.stack(list(pool.map(load_image, paths, repeat(size))))
+        return torch.stack(list(pool.map(lambda path: load_image(path, size), paths)))
 
 
 def load_image(path: str | Path, size: int | Sequence[int]) -> Tensor:
@@ -1229,6 +1213,10 @@ def check_run(run: Path, folders: Iterable[Path]) -> None:
     for folder in folders:
         if folder.resolve() in (run.resolve(), *run.resolve().parents):
             raise ValueError(f"{run} lies in {folder}, whose images are read: give other --runs")
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a program's description and shows the defaults of its options."""
 
 
 def progress(line: str) -> None:

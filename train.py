@@ -2,102 +2,96 @@
 # SPDX-License-Identifier: MIT
 """Fine-tune a Gaussian anomaly detector on the normal images of a category.
 
-    python train.py --data mvtec/ --category screw
+    python train.py --data mvtec/ --category screw                 # runs/screw
     torchrun --nproc-per-node 8 train.py --data mvtec/ --category all
-    python train.py --normal photos/good --out runs/mine
-    python train.py --demo
+    python train.py --normal photos/good --category mine           # runs/mine
+    python train.py --demo                                         # runs/demo
 
-Writes detector.pt and history.json to runs/<category>; never opens the test folder. The same
-command resumes a run that was interrupted and leaves a finished one alone; other settings, other
-images or --force train from scratch."""
+Writes detector.pt and checkpoint.pt to <runs>/<category>; never opens the test folder. The same
+command resumes a run that was interrupted and leaves a finished one alone."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shlex
 import sys
 import time
 import warnings
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from argparse import RawDescriptionHelpFormatter as Formatter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, distributed
+from torch import distributed
 from torch.utils.data import DataLoader
 
 import gaussad
-from gaussad import AUGMENTATIONS, BLANKS, Check, FeatureExtractor, GaussianAD
+from gaussad import AUGMENTATIONS, DEFAULT_AUGMENTATIONS, Check, FeatureExtractor, GaussianAD
 
-NO_SETTINGS = {"data", "normal", "out", "device", "workers", "force", "demo"}  # make no other run
-DEMO = {"backbone": "mobilenet_v2", "weights": "random", "levels": [3, 4, 7], "image_size": 128}
-DEMO |= {"steps": 64, "out": Path("runs/demo")}  # no download; early levels help even at random
+# What makes another run; beside them the images.
+SETTINGS = ("backbone", "weights", "levels", "map_levels", "covariance", "image_size", "steps")
+SETTINGS += ("patience", "lr", "augmentations", "seed", "batch_size")
 LIMITS = {"image_size": (32, 4096), "steps": (0, 10**9), "lr": (0, 1e38), "seed": (0, 2**63 - 1)}
 LIMITS |= dict.fromkeys(("patience", "batch_size", "workers"), (1, 10**9))
-FOLDERS = ("train", "test", "ground_truth")  # of a category
-EVALUATION = ("metrics.json", "scores.csv", "report.html")  # what evaluate.py writes
+DEMO = {"backbone": "mobilenet_v2", "weights": "random", "levels": [3, 4, 7], "image_size": 128}
+DEMO |= {"steps": 64, "category": ["demo"]}  # no download; early levels help even at random
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what the command line asks for. Returns the exit code."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    args, failed = parse(sys.argv[1:] if argv is None else argv), False
     device = gaussad.pick_device(args.device)
     if args.demo:
-        args.data, args.category = args.out / "data", ["demo"]
+        args.data = args.runs / "demo/data"
         draw_demo(args.data)
-    runs, failed = list_runs(args), False
+    names = gaussad.category_names(args.category, args.data)
     if distributed.is_torchelastic_launched():  # by torchrun: this process takes its share
-        runs = runs[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]
-    for run in runs:
+        names = names[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]
+    for name in names:
         try:
-            train(run, device)
+            train(args, name, device)
         except Exception as error:
             failed = True
-            print_error(error, run.category or run.normal)
+            gaussad.print_error(error, name)
     if distributed.is_torchelastic_launched():  # torchrun ends all processes when one has failed
         distributed.init_process_group("gloo", timeout=timedelta(days=365))
         distributed.barrier()
-    if args.demo and runs and not failed:
-        import evaluate  # which imports this module
+    if args.demo and names and not failed:
+        import evaluate
 
-        return evaluate.main([*evaluate_options(runs[0]), "--device", args.device])
+        return evaluate.main([*evaluation(args, "demo"), "--device", args.device])
     return 2 if failed else 0
 
 
 def parse(argv: Sequence[str]) -> Namespace:
     """The options; a wrong one ends the program with one line and exit code 2."""
-    kind = {"formatter_class": Formatter, "allow_abbrev": False}
+    kind = {"formatter_class": gaussad.HelpFormatter, "allow_abbrev": False}
     parser = ArgumentParser(usage=SUPPRESS, description=__doc__, **kind)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, help="folder of categories in the MVTec AD layout")
     source.add_argument("--normal", type=Path, help="a plain folder of normal images")
     source.add_argument("--demo", action="store_true", help="draw data, train and evaluate on it")
     add = parser.add_argument
-    add("--category", nargs="+", help="folders in --data; all: every one")
-    add("--out", type=Path, help="folder of the run, or of the runs of several categories (runs)")
-    add("--force", action="store_true", help="retrain from scratch")
+    add("--category", nargs="+", help="names of the runs, and folders in --data; all: every one")
+    add("--runs", type=Path, default="runs", help="folder of the runs")
+    add("--force", action="store_true", help="train anew")
     add("--backbone", default="efficientnet_b4", help="torchvision's, or a .py file")
     add("--weights", default="imagenet", help="imagenet, random, or the path of a state dict")
-    add("--levels", type=int, nargs="+", help="levels to use, from 1 (stride 16 or more)")
-    add("--map-levels", type=int, nargs="+", help="levels of the anomaly map (stride 16)")
-    add("--covariance", default="full", help="full; diagonal and identity to compare (full)")
-    add("--image-size", type=int, default=380, help="images are resized to squares (380)")
-    add("--steps", type=int, default=512, help="at most; 0: the frozen network (512)")
-    add("--patience", type=int, default=3, help="stop after so many checks not kept (3)")
-    add("--lr", type=float, default=1e-4, help="learning rate of Adam (1e-4)")
-    add(
-        "--augmentations", nargs="+", choices=AUGMENTATIONS, default=[*BLANKS], help="(cutout scar)"
-    )
-    add("--seed", type=int, default=0, help="of split, batches and validator (0)")
-    add("--batch-size", type=int, default=16, help="images in a batch (16)")
-    add("--workers", type=int, default=2, help="threads that decode images (2)")
+    add("--levels", type=int, nargs="+", help="from 1; None: those of stride 16 or more")
+    add("--map-levels", type=int, nargs="+", help="of the anomaly map; None: those of stride 16")
+    add("--covariance", default="full", help="full; diagonal and identity to compare")
+    add("--image-size", type=int, default=380, help="images are resized to squares")
+    add("--steps", type=int, default=512, help="at most; 0: the frozen network")
+    add("--patience", type=int, default=3, help="end after so many checks in a row not kept")
+    add("--lr", type=float, default=1e-4, help="learning rate of Adam")
+    given = {"choices": AUGMENTATIONS, "default": [*DEFAULT_AUGMENTATIONS]}
+    add("--augmentations", nargs="+", **given, help="that judge checks")
+    add("--seed", type=int, default=0, help="of split, batches and validator")
+    add("--batch-size", type=int, default=16, help="images in a batch")
+    add("--workers", type=int, default=os.cpu_count(), help="threads that decode images")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any")
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
@@ -105,54 +99,56 @@ def parse(argv: Sequence[str]) -> Namespace:
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
-    if args.data and not args.category or args.category and not args.data:
-        parser.error("--data and --category go together: name a folder in --data, or all")
-    if args.normal and not args.out:
-        parser.error("--normal needs --out, the folder of the run")
+    if not args.category:
+        parser.error("--category is missing: name a folder in --data, or your own run")
+    if args.normal and (len(args.category) > 1 or args.category == ["all"]):
+        parser.error("--normal needs one --category, the name of the run")
     return args
 
 
-def list_runs(args: Namespace) -> list[Namespace]:
-    """The arguments of each run: one for a folder of normal images, or one for each category."""
-    if args.normal:
-        return [args]
-    every = "all" in args.category
-    names = gaussad.list_categories(args.data) if every else list(dict.fromkeys(args.category))
-    root = args.out or Path("runs")
-    alone = args.out and len(names) == 1 and not every
-    outs = {name: root if alone else root / name for name in names}
-    return [Namespace(**{**vars(args), "category": name, "out": outs[name]}) for name in names]
-
-
-def train(args: Namespace, device: torch.device) -> None:
-    """Train one detector, or resume; bad input creates no folder."""
-    category = [args.data / args.category / name for name in FOLDERS] if args.data else []
-    check_output(args.out, category or [args.normal])
-    images = normal_images(args)
-    training = load_progress(args, images)
-    if training["finished"]:
-        print(f"{args.out} is finished; --force retrains from scratch")
-        return
+def train(args: Namespace, category: str, device: torch.device) -> None:
+    """Train one detector, or resume; bad input changes nothing on disk."""
+    run = args.runs / category
+    images = normal_images(args, category)
+    settings = settings_of(args, images)
+    checkpoint = {"settings": settings, "checks": [], "state": None}
+    path = run / "checkpoint.pt"
+    if path.exists() and not args.force:
+        checkpoint = gaussad.load_plain(path)
+        compare_settings(checkpoint.get("settings"), settings, run)
+        if checkpoint["state"] is None:
+            print(f"{run} is finished; --force trains anew")
+            return
     torch.manual_seed(args.seed)  # for random weights
     extractor = FeatureExtractor(args.backbone, args.levels, args.weights)
     detector = GaussianAD(extractor, args.map_levels, args.covariance).to(device)
-    parts = gaussad.hold_out(list(images.values()), args.seed)
-    fit, held_out = (gaussad.load_images(x, args.image_size, args.workers) for x in parts)
-    if len(fit) < 50:
-        warnings.warn(f"only {len(fit)} images to fit: thresholds are unreliable; 100 are better")
-    with lock(args.out):
-        checks = ", ".join(map(str, gaussad.schedule(args.steps)))
-        print(f"{args.out}: {len(fit)} images to fit, {len(held_out)} held out; checks at {checks}")
-        batches = DataLoader(fit, args.batch_size, shuffle=True)
-        fine_tune_and_save(detector, batches, held_out, args, training)
+    if checkpoint["state"]:
+        detector = GaussianAD.load(run / "detector.pt", device, extractor)
+    paths, held_out_paths = gaussad.hold_out(list(images.values()), args.seed)
+    if len(paths) < 50:
+        warnings.warn(f"only {len(paths)} images to fit: thresholds are unreliable; 100 are better")
+    print(f"{run}: {len(paths)} images to fit, {len(held_out_paths)} held out")
+    fit = gaussad.load_images(paths, args.image_size, args.workers)
+    held_out = gaussad.load_images(held_out_paths, args.image_size, args.workers)
+    run.mkdir(parents=True, exist_ok=True)
+    names = ("steps", "lr", "patience", "seed", "batch_size")
+    options = {name: getattr(args, name) for name in names} | {"names": held_out_paths}
+    options["augmentations"] = {name: AUGMENTATIONS[name] for name in args.augmentations}
+    batches = DataLoader(fit, args.batch_size, shuffle=True)
+    fine_tune_and_save(detector, batches, held_out, run, checkpoint, options)
+    command = shlex.join(["python", "evaluate.py", *evaluation(args, category)])
+    print(f"{summary(checkpoint['checks'])}\nevaluate it: {command}")
 
 
-def normal_images(args: Namespace) -> dict[str, Path]:
+def normal_images(args: Namespace, category: str) -> dict[str, Path]:
     """The normal images by the digest of their content, each once: a held-out copy of a fitted
     image would seem more normal than any other."""
+    run = args.runs / category
     if args.data:
-        paths = [x.path for x in gaussad.list_samples(args.data, args.category, "train")]
+        gaussad.check_run(run, (args.data / category / x for x in gaussad.FOLDERS))
+        paths = [x.path for x in gaussad.list_samples(args.data, category, "train")]
     else:
+        gaussad.check_run(run, [args.normal])
         if args.normal.is_file():
             raise ValueError(f"--normal {args.normal} is a file: give a folder")
         paths = gaussad.list_images([args.normal])
@@ -163,89 +159,78 @@ def normal_images(args: Namespace) -> dict[str, Path]:
             warnings.warn(f"images in all these folders are taken as normal: {', '.join(folders)}")
     images = {}
     for path in paths:
-        images.setdefault(digest(path), path)
+        images.setdefault(gaussad.digest(path), path)
     if copies := len(paths) - len(images):
         warnings.warn(f"{copies} of {len(paths)} normal images are copies and are left out")
     return images
 
 
-def load_progress(args: Namespace, images: dict[str, Path]) -> dict:
-    """The saved progress of training with the same settings; else its beginning."""
-    settings = {key: value for key, value in vars(args).items() if key not in NO_SETTINGS}
-    settings["images"] = hashlib.sha256("".join(images).encode()).hexdigest()
-    for name in ("weights", "backbone"):  # files by their content
+def settings_of(args: Namespace, images: dict[str, Path]) -> dict:
+    """All that makes another run; images and other files by their content."""
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"images": list(images)}
+    for name in ("weights", "backbone"):
         if Path(settings[name]).is_file():
-            settings[name] = digest(Path(settings[name]))
-    path = args.out / "detector.pt"
-    if path.exists() and not args.force:
-        training = gaussad.load_plain(path).get("training")
-        if training is None:
-            raise ValueError(
-                f"{path} was not written by train.py: choose another --out, or --force"
-            )
-        changed = [key for key in settings if training["settings"].get(key) != settings[key]]
-        if not changed:
-            return training
-        print(f"{args.out} is trained from scratch, as these changed: {', '.join(changed)}")
-    return {"settings": settings, "checks": [], "finished": False, "state": None}
+            settings[name] = gaussad.digest(Path(settings[name]))
+    return settings
 
 
-def lock(out: Path) -> TextIO:
-    """Make the folder of a run; it is this process's alone until the file returned is closed."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = (out / ".lock").open("w")
-    try:
-        import fcntl  # not on Windows, where a second run is not noticed
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except BlockingIOError as error:
-        raise ValueError(f"another train.py is running in {out}") from error
-    for part in out.glob(".*.[0-9]*.part"):  # of a run that was killed
-        part.unlink(missing_ok=True)
-    return file
+def compare_settings(old: dict | None, new: dict, run: Path) -> None:
+    """ValueError that names what differs from the run that is there."""
+    if not isinstance(old, dict):
+        raise ValueError(f"{run}/checkpoint.pt is not of train.py: choose another --runs")
+    changed = [key for key in new if old.get(key) != new[key]]
+    shown = [f"{key} ({old.get(key)}, now {new[key]})" for key in changed if key != "images"]
+    shown += ["images"] * ("images" in changed)
+    if changed:
+        advice = "--force trains anew, another --category or --runs keeps both"
+        raise ValueError(f"{run} was trained with other settings: {', '.join(shown)}; {advice}")
 
 
 def fine_tune_and_save(
-    detector: GaussianAD, batches: DataLoader, held_out: Tensor, args: Namespace, training: dict
+    detector: GaussianAD,
+    batches: DataLoader,
+    held_out: torch.Tensor,
+    run: Path,
+    checkpoint: dict,
+    options: dict,
 ) -> None:
-    """Fine-tune; after each check the best detector so far is on disk, with what resuming needs."""
-    checks, start = training["checks"], time.perf_counter()
+    """Fine-tune; after each check the kept detector is on disk, and what resuming needs."""
+    checks, start = checkpoint["checks"], time.perf_counter()
     first = checks[-1]["step"] if checks else 0
+    last = start
 
     def show_step(step: int, loss: float) -> None:
-        left = (time.perf_counter() - start) / (step - first) * (args.steps - step) / 60
-        progress(f"step {step} of {args.steps}, loss {loss:.2f}, at most {left:.0f} minutes left")
+        left = (time.perf_counter() - start) / (step - first) * (options["steps"] - step) / 60
+        line = f"step {step} of {options['steps']}, loss {loss:.2f}"
+        gaussad.progress(f"{line}, at most {left:.0f} minutes left")
 
-    options = {name: getattr(args, name) for name in ("steps", "lr", "patience", "seed")}
-    options |= {"state": training["state"], "on_step": show_step}
-    options["augmentations"] = {name: AUGMENTATIONS[name] for name in args.augmentations}
     print("AUROC: how well held-out images are told from augmented versions of them, in %")
     print(f"{'step':>6}{'loss':>9}{'seconds':>9}{'AUROC':>8}", *map(table_row, checks), sep="\n")
-    if checks:
-        print(f"resumed from step {first}")
-    last, saved = start, f"from step {first}" if checks else "from the beginning"
+    options |= {"state": checkpoint["state"], "on_step": show_step}
     try:
         for check in gaussad.fine_tune(detector, batches, held_out, **options):
             checks.append(record(check, time.perf_counter() - last))
-            progress("")
+            gaussad.progress("")
             print(table_row(checks[-1]), flush=True)
-            training["state"] = check.state
-            save(args.out, training, detector if check.kept else None)
-            last, saved = time.perf_counter(), f"from step {check.step}"
+            if check.kept:
+                for name in ("results", "scored"):  # of an earlier detector
+                    gaussad.remove(run / name)
+                if check.step == 0:
+                    gaussad.remove(run / "checkpoint.pt")
+                detector.save(run / "detector.pt")
+            gaussad.save_plain({**checkpoint, "state": check.state}, run / "checkpoint.pt")
+            last = time.perf_counter()
     except KeyboardInterrupt:
-        again = "the same command without --force" if args.force else "the same command"
-        print(f"\ninterrupted; {again} goes on {saved}", file=sys.stderr)
+        step = f"step {checks[-1]['step']}" if checks else "the beginning"
+        print(
+            f"\ninterrupted; the same command without --force goes on from {step}", file=sys.stderr
+        )
         raise
-    training |= {"finished": True, "state": None}
-    save(args.out, training)
-    command = shlex.join(["python", "evaluate.py", *evaluate_options(args)])
-    print(summary(checks), f"evaluate it: {command}", sep="\n")
+    gaussad.save_plain({**checkpoint, "state": None}, run / "checkpoint.pt")
 
 
 def record(check: Check, seconds: float) -> dict:
-    """A check as plain numbers, for detector.pt and history.json."""
+    """A check as plain numbers."""
     names = ("step", "kept", "loss", "gain", "standard_error")
     numbers = {name: getattr(check, name) for name in names} | {"seconds": seconds}
     aurocs = check.validation.aurocs
@@ -263,38 +248,25 @@ def table_row(check: dict) -> str:
 
 
 def summary(checks: list[dict]) -> str:
-    """What came of training, in words."""
-    best = [check for check in checks if check["kept"]][-1]
+    """What training ended in, in words."""
+    kept = [check for check in checks if check["kept"]]
     if len(checks) == 1:
         return "fitted the frozen network, without fine-tuning"
-    if best["step"] == 0:
-        return "no step beat the frozen network by more than one standard error: it is kept"
-    rise = f"from {100 * checks[0]['auroc']:.1f} to {100 * best['auroc']:.1f}"
-    return f"kept step {best['step']}: the AUROC against augmented images rose {rise}"
+    if len(kept) == 1:
+        return "no step gained more than one standard error: the frozen network is kept"
+    gain, error = 100 * kept[-1]["gain"], 100 * kept[-1]["standard_error"]
+    over = f"its AUROC gained {gain:.1f} ± {error:.1f} over step {kept[-2]['step']}"
+    return f"step {kept[-1]['step']} is kept: {over} ({100 * checks[0]['auroc']:.1f} at step 0)"
 
 
-def evaluate_options(args: Namespace) -> list[str]:
+def evaluation(args: Namespace, category: str) -> list[str]:
     """The options of evaluate.py for a run."""
+    source = ["--images", "PATH"] if args.normal else ["--data", str(args.data)]
     own = ["--backbone", args.backbone] if args.backbone.endswith(".py") else []
-    if args.normal:
-        return ["--model", str(args.out / "detector.pt"), "--images", "PATH", *own]
-    return ["--data", str(args.data), "--category", args.category, "--out", str(args.out), *own]
+    return [*source, "--category", category, "--runs", str(args.runs), *own]
 
 
-def save(out: Path, training: dict, detector: GaussianAD | None = None) -> None:
-    """Write the detector, or keep the one that is there, with the progress of training. Results of
-    an earlier detector are removed."""
-    path = out / "detector.pt"
-    if detector:
-        detector.save(path, training=training)
-        clear_evaluation(out)
-        clear_evaluation(out / "scored")
-    else:
-        gaussad.save_plain(gaussad.load_plain(path) | {"training": training}, path)
-    kept = [check["step"] for check in training["checks"] if check["kept"]]
-    history = {**training, "best_step": kept[-1], "state": None}
-    with gaussad.atomic_path(out / "history.json") as part:
-        part.write_text(json.dumps(history, indent=2) + "\n")
+# ---- The demo ----------------------------------------------------------------------------------
 
 
 def draw_demo(root: Path, size: int = 128) -> None:
@@ -317,9 +289,9 @@ def draw_demo(root: Path, size: int = 128) -> None:
 def draw_disc(size: int, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A disc with six holes, a little to one side and lighter or darker, and where it is bad."""
     axis = np.linspace(-0.5, 0.5, size)
-    plane = axis + 1j * axis[:, None] - complex(*rng.normal(0, 0.005, 2))  # x + iy, the centre at 0
+    plane = axis + 1j * axis[:, None] - rng.normal(0, 0.005, 2) @ [1, 1j]  # x + iy, centred
     holes = [abs(plane - 0.26 * np.exp(1j * np.pi / 3 * k)) < 0.07 for k in range(6)]
-    spot = plane - complex(*rng.uniform(-0.15, 0.15, 2))
+    spot = plane - rng.uniform(-0.15, 0.15, 2) @ [1, 1j]
     bad = {
         "good": np.zeros((size, size), bool),
         "hole_missing": holes[0],
@@ -331,64 +303,5 @@ def draw_disc(size: int, kind: str, rng: np.random.Generator) -> tuple[np.ndarra
     return (pixels + rng.normal(0, 4) + rng.normal(0, 4, (size, size))).astype(np.uint8), bad
 
 
-# ---- Shared with evaluate.py -------------------------------------------------------------------
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of the content of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def check_output(out: Path, folders: Sequence[Path]) -> None:
-    """ValueError if `out` is a file, or lies in a folder whose images are read: what is written
-    there would be read by the next run."""
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file: give a folder")
-    for folder in folders:
-        if folder.resolve() in (out.resolve(), *out.resolve().parents):
-            raise ValueError(f"{out} lies in {folder}, whose images are read: give another --out")
-
-
-def clear_evaluation(out: Path, files: Sequence[str] = EVALUATION) -> None:
-    """Remove what evaluate.py wrote to `out`, if it did: files, and pictures."""
-    if (out / "scores.csv").is_file():
-        for path in (*(out / "pictures").glob("[0-9]*_*.png"), *map(out.joinpath, files)):
-            path.unlink(missing_ok=True)
-
-
-def progress(line: str) -> None:
-    """Rewrite the last line of a terminal; elsewhere nothing is shown."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-
-
-def print_error(error: Exception, where: object = "") -> None:
-    """Print an error that a user can fix as one line; raise others again, for their traceback."""
-    message = str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate mem" in message:
-        message = "out of memory: use smaller batches or images"
-    elif not isinstance(error, (ValueError, OSError)):
-        raise error
-    elif isinstance(error, OSError) and error.filename:
-        message = f"{error.strerror}: {error.filename}: check this path, or give another"
-    line = " ".join(f"{where}: {message}".removeprefix(": ").split())  # names may hold line breaks
-    progress("")
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {line}\n")
-
-
-def run_program(main: Callable[[], int]) -> None:
-    """Run a script: what a user can fix ends in one line and exit code 2."""
-    script = Path(sys.argv[0]).name
-    warnings.formatwarning = lambda message, *_: f"{script}: {' '.join(str(message).split())}\n"
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that a terminal cannot print
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        print_error(error)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    run_program(main)
+    gaussad.run_program(main)
