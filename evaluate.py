@@ -96,7 +96,7 @@ def evaluate(args: Namespace, category: str) -> dict:
     run = args.runs / category
     folders = args.images or [args.data / category / name for name in gaussad.FOLDERS]
     gaussad.check_run(run, filter(Path.is_dir, folders))
-    detector, details = load_run(args, run)
+    detector, details, trained_on = load_run(args, run)
     if args.data:
         place, samples = run / "results", gaussad.list_samples(args.data, category, "test")
     else:
@@ -104,7 +104,7 @@ def evaluate(args: Namespace, category: str) -> dict:
         place = run / "scored"
     with gaussad.replacing(place) as out:
         found = score(detector, samples, args, out)
-        for message in contradictions(found, args):
+        for message in contradictions(found, trained_on):
             warnings.warn(f"{category}: {message}")
         metrics = measure(found, detector, args) | details
         metrics["n_unreadable"] = len(samples) - len(found.samples)
@@ -123,8 +123,8 @@ def evaluate(args: Namespace, category: str) -> dict:
     return metrics
 
 
-def load_run(args: Namespace, run: Path) -> tuple[GaussianAD, dict]:
-    """The detector of a run, and what metrics.json says of it."""
+def load_run(args: Namespace, run: Path) -> tuple[GaussianAD, dict, set[str]]:
+    """The detector of a run, what metrics.json says of it, and digests of its training images."""
     path = run / "detector.pt"
     if not path.is_file():
         there = ", ".join(sorted(x.parent.name for x in args.runs.glob("*/detector.pt")))
@@ -139,8 +139,7 @@ def load_run(args: Namespace, run: Path) -> tuple[GaussianAD, dict]:
     training = {"settings": {}, "checks": [], "state": None}
     if (run / "checkpoint.pt").is_file():
         training |= gaussad.load_plain(run / "checkpoint.pt")
-    args.trained_on = set(training["settings"].get("images", ()))
-    return detector, {
+    details = {
         "backbone": detector.extractor.backbone,
         "best_step": max((x["step"] for x in training["checks"] if x["kept"]), default=None),
         "image_size": detector.image_size,
@@ -150,6 +149,7 @@ def load_run(args: Namespace, run: Path) -> tuple[GaussianAD, dict]:
         "training_finished": training["state"] is None,
         "checks": training["checks"],
     }
+    return detector, details, set(training["settings"].get("images", ()))
 
 
 # ---- Scores ------------------------------------------------------------------------------------
@@ -254,11 +254,11 @@ def write_scores(path: Path, found: Scored) -> None:
 # ---- Figures -----------------------------------------------------------------------------------
 
 
-def contradictions(found: Scored, args: Namespace) -> Iterator[str]:
+def contradictions(found: Scored, trained_on: set[str]) -> Iterator[str]:
     """What contradicts itself in the images, each with a count."""
-    if n := sum(digest in args.trained_on for digest in found.digests):
+    if n := sum(digest in trained_on for digest in found.digests):
         yield f"{n} of these images were trained on: their scores mean little"
-    if args.images:
+    if not found.samples[0].defect:  # your own images
         return
     marked = {i: mask.float().mean().item() for i, (_, _, mask) in found.tensors.items()}
     defective = found.labels.nonzero().flatten().tolist()

@@ -1227,6 +1227,9 @@ def progress(line: str) -> None:
 
 def print_error(error: Exception, where: object = "") -> None:
     """Print an error that a user can fix as one line; raise others again, for their traceback."""
+    if isinstance(error, BrokenPipeError):  # nobody reads on, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     message = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate mem" in message:
         message = "out of memory: use smaller batches or images"

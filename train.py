@@ -109,44 +109,31 @@ def parse(argv: Sequence[str]) -> Namespace:
 def train(args: Namespace, category: str, device: torch.device) -> None:
     """Train one detector, or resume; bad input changes nothing on disk."""
     run = args.runs / category
-    images = normal_images(args, category)
-    settings = settings_of(args, images)
-    checkpoint = {"settings": settings, "checks": [], "state": None}
-    path = run / "checkpoint.pt"
-    if path.exists() and not args.force:
-        checkpoint = gaussad.load_plain(path)
-        compare_settings(checkpoint.get("settings"), settings, run)
-        if checkpoint["state"] is None:
-            print(f"{run} is finished; --force trains anew")
-            return
+    images = normal_images(args, category, run)
+    checkpoint = read_checkpoint(run, settings_of(args, images), args.force)
+    if checkpoint["checks"] and checkpoint["state"] is None:
+        print(f"{run} is finished; --force trains anew")
+        return
     torch.manual_seed(args.seed)  # for random weights
     extractor = FeatureExtractor(args.backbone, args.levels, args.weights)
     detector = GaussianAD(extractor, args.map_levels, args.covariance).to(device)
-    if checkpoint["state"]:
+    if checkpoint["checks"]:
         detector = GaussianAD.load(run / "detector.pt", device, extractor)
-    paths, held_out_paths = gaussad.hold_out(list(images.values()), args.seed)
-    if len(paths) < 50:
-        warnings.warn(f"only {len(paths)} images to fit: thresholds are unreliable; 100 are better")
-    print(f"{run}: {len(paths)} images to fit, {len(held_out_paths)} held out")
-    fit = gaussad.load_images(paths, args.image_size, args.workers)
-    held_out = gaussad.load_images(held_out_paths, args.image_size, args.workers)
-    run.mkdir(parents=True, exist_ok=True)
-    names = ("steps", "lr", "patience", "seed", "batch_size")
-    options = {name: getattr(args, name) for name in names} | {"names": held_out_paths}
-    options["augmentations"] = {name: AUGMENTATIONS[name] for name in args.augmentations}
-    batches = DataLoader(fit, args.batch_size, shuffle=True)
-    fine_tune_and_save(detector, batches, held_out, run, checkpoint, options)
+    fit, held_out = gaussad.hold_out(list(images.values()), args.seed)
+    if len(fit) < 50:
+        warnings.warn(f"only {len(fit)} images to fit: thresholds are unreliable; 100 are better")
+    print(f"{run}: {len(fit)} images to fit, {len(held_out)} held out")
+    fine_tune_and_save(detector, fit, held_out, args, run, checkpoint)
     command = shlex.join(["python", "evaluate.py", *evaluation(args, category)])
     print(f"{summary(checkpoint['checks'])}\nevaluate it: {command}")
 
 
-def normal_images(args: Namespace, category: str) -> dict[str, Path]:
+def normal_images(args: Namespace, category: str, run: Path) -> dict[str, Path]:
     """The normal images by the digest of their content, each once: a held-out copy of a fitted
     image would seem more normal than any other."""
-    run = args.runs / category
     if args.data:
-        gaussad.check_run(run, (args.data / category / x for x in gaussad.FOLDERS))
-        paths = [x.path for x in gaussad.list_samples(args.data, category, "train")]
+        gaussad.check_run(run, [args.data / category / name for name in gaussad.FOLDERS])
+        paths = [sample.path for sample in gaussad.list_samples(args.data, category, "train")]
     else:
         gaussad.check_run(run, [args.normal])
         if args.normal.is_file():
@@ -174,49 +161,65 @@ def settings_of(args: Namespace, images: dict[str, Path]) -> dict:
     return settings
 
 
-def compare_settings(old: dict | None, new: dict, run: Path) -> None:
-    """ValueError that names what differs from the run that is there."""
-    if not isinstance(old, dict):
-        raise ValueError(f"{run}/checkpoint.pt is not of train.py: choose another --runs")
-    changed = [key for key in new if old.get(key) != new[key]]
-    shown = [f"{key} ({old.get(key)}, now {new[key]})" for key in changed if key != "images"]
-    shown += ["images"] * ("images" in changed)
+def read_checkpoint(run: Path, settings: dict, force: bool) -> dict:
+    """The checkpoint of a run, or a new one. ValueError that names what differs if the run that is
+    there has other settings."""
+    path, new = run / "checkpoint.pt", {"settings": settings, "checks": [], "state": None}
+    if force or not path.exists():
+        return new
+    old = gaussad.load_plain(path)
+    if old.keys() != new.keys():
+        raise ValueError(
+            f"{path} is not of this version of train.py: give other --runs, or --force"
+        )
+    there = old["settings"]
+    changed = [name for name in settings if there.get(name) != settings[name]]
     if changed:
+        names = [f"{x} ({there.get(x)}, now {settings[x]})" for x in changed if x != "images"]
+        names += ["images"] if "images" in changed else []
         advice = "--force trains anew, another --category or --runs keeps both"
-        raise ValueError(f"{run} was trained with other settings: {', '.join(shown)}; {advice}")
+        raise ValueError(f"{run} was trained with other settings: {', '.join(names)}; {advice}")
+    return old
 
 
 def fine_tune_and_save(
     detector: GaussianAD,
-    batches: DataLoader,
-    held_out: torch.Tensor,
+    fit: list[Path],
+    held_out: list[Path],
+    args: Namespace,
     run: Path,
     checkpoint: dict,
-    options: dict,
 ) -> None:
     """Fine-tune; after each check the kept detector is on disk, and what resuming needs."""
     checks, start = checkpoint["checks"], time.perf_counter()
-    first = checks[-1]["step"] if checks else 0
-    last = start
+    first, last = checks[-1]["step"] if checks else 0, start
 
     def show_step(step: int, loss: float) -> None:
-        left = (time.perf_counter() - start) / (step - first) * (options["steps"] - step) / 60
-        line = f"step {step} of {options['steps']}, loss {loss:.2f}"
+        left = (time.perf_counter() - start) / (step - first) * (args.steps - step) / 60
+        line = f"step {step} of {args.steps}, loss {loss:.2f}"
         gaussad.progress(f"{line}, at most {left:.0f} minutes left")
 
+    options = {x: getattr(args, x) for x in ("steps", "lr", "patience", "seed", "batch_size")}
+    options["augmentations"] = {name: AUGMENTATIONS[name] for name in args.augmentations}
+    options |= {"state": checkpoint["state"], "names": held_out, "on_step": show_step}
+    images, others = (
+        gaussad.load_images(x, args.image_size, args.workers) for x in (fit, held_out)
+    )
+    batches = DataLoader(images, args.batch_size, shuffle=True)
+    run.mkdir(parents=True, exist_ok=True)
     print("AUROC: how well held-out images are told from augmented versions of them, in %")
     print(f"{'step':>6}{'loss':>9}{'seconds':>9}{'AUROC':>8}", *map(table_row, checks), sep="\n")
-    options |= {"state": checkpoint["state"], "on_step": show_step}
     try:
-        for check in gaussad.fine_tune(detector, batches, held_out, **options):
+        for check in gaussad.fine_tune(detector, batches, others, **options):
             checks.append(record(check, time.perf_counter() - last))
             gaussad.progress("")
             print(table_row(checks[-1]), flush=True)
             if check.kept:
-                for name in ("results", "scored"):  # of an earlier detector
+                stale = (
+                    ("results", "scored") if check.step else ("results", "scored", "checkpoint.pt")
+                )
+                for name in stale:  # of an earlier detector
                     gaussad.remove(run / name)
-                if check.step == 0:
-                    gaussad.remove(run / "checkpoint.pt")
                 detector.save(run / "detector.pt")
             gaussad.save_plain({**checkpoint, "state": check.state}, run / "checkpoint.pt")
             last = time.perf_counter()
@@ -231,10 +234,12 @@ def fine_tune_and_save(
 
 def record(check: Check, seconds: float) -> dict:
     """A check as plain numbers."""
-    names = ("step", "kept", "loss", "gain", "standard_error")
-    numbers = {name: getattr(check, name) for name in names} | {"seconds": seconds}
+    numbers = {
+        key: value for key, value in vars(check).items() if key not in ("state", "validation")
+    }
     aurocs = check.validation.aurocs
-    return {**numbers, "auroc": check.validation.auroc, "auroc_per_augmentation": aurocs}
+    numbers |= {"auroc": check.validation.auroc, "auroc_per_augmentation": aurocs}
+    return numbers | {"seconds": seconds}
 
 
 def table_row(check: dict) -> str:
