@@ -22,7 +22,6 @@ import math
 import os
 import re
 import runpy
-import shutil
 import sys
 import unicodedata
 import warnings
@@ -37,6 +36,7 @@ from difflib import get_close_matches
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -1138,18 +1138,17 @@ def load_plain(path: str | Path | BinaryIO) -> dict:
         packed = zipfile.is_zipfile(path)  # as torch.save writes since 1.6
         damaged = packed and zipfile.ZipFile(path).testzip()  # which torch.load does not notice
         path.seek(0)
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        content = "damage" if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # the unpickler may raise anything on other files
+        reason = "was not written by torch.save, or is damaged"
         if packed or "Unsupported" in str(error):
-            raise ValueError(
-                f"{path.name} holds more than tensors: save its state_dict()"
-            ) from error
-        raise ValueError(f"{path.name} was not written by torch.save, or is damaged") from error
+            reason = "holds more than tensors: save its state_dict()"
+        raise ValueError(f"{path.name} {reason}") from error
     if not isinstance(content, dict):
-        found = "is damaged" if damaged else f"holds a {type(content).__name__}"
-        raise ValueError(f"{path.name} {found}: give one with a dict of tensors")
+        kind = content if damaged else f"a {type(content).__name__}"
+        raise ValueError(f"{path.name} holds {kind}, not a dict of tensors")
     return content
 
 
@@ -1166,35 +1165,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A path for a file or folder that takes the place of `path` when the block ends without an
     error: readers never see a part of it, even if the run is killed."""
     path = Path(path)
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    old = new.with_suffix(".old")
     try:
-        yield new
-        while True:
-            try:
-                os.replace(new, path)
-                break
-            except OSError:
-                if not path.is_dir():
-                    raise
-                remove(old)  # a folder cannot be replaced: it is moved away first
-                with suppress(FileNotFoundError):  # another run did so
-                    os.replace(path, old)
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            new = Path(folder, "new")
+            yield new
+            for attempt in count():
+                try:
+                    os.replace(new, path)
+                    break
+                except OSError:
+                    if not path.is_dir():
+                        raise
+                with suppress(FileNotFoundError):  # a folder has to be moved away first
+                    os.replace(path, Path(folder, str(attempt)))
     except OSError as error:
         if error.errno and not error.filename:  # a full disk
             error.filename = str(path)
         raise
-    finally:
-        remove(new)
-        remove(old)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, or a folder and all that is in it, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -215,11 +216,10 @@ def fine_tune_and_save(
             gaussad.progress("")
             print(table_row(checks[-1]), flush=True)
             if check.kept:
-                stale = (
-                    ("results", "scored") if check.step else ("results", "scored", "checkpoint.pt")
-                )
-                for name in stale:  # of an earlier detector
-                    gaussad.remove(run / name)
+                for name in ("results", "scored"):  # of an earlier detector
+                    shutil.rmtree(run / name, ignore_errors=True)
+                if check.step == 0:  # so would an earlier checkpoint be
+                    (run / "checkpoint.pt").unlink(missing_ok=True)
                 detector.save(run / "detector.pt")
             gaussad.save_plain({**checkpoint, "state": check.state}, run / "checkpoint.pt")
             last = time.perf_counter()
