@@ -117,8 +117,9 @@ def evaluate(args: Namespace, category: str) -> dict:
         print(f"{category}, {details['detector']}")
         print(table([(title, metrics[key]) for key, title in FIGURES.items()]))
     else:
+        verdicts = found.verdicts
         for i in found.ranked:
-            print(f"{found.scores[i, 0]:8.2f} {found.verdicts[i]:<9} {found.samples[i].path}")
+            print(f"{found.scores[i, 0]:8.2f} {verdicts[i]:<9} {found.samples[i].path}")
     print(f"{words} Report: {place / 'report.html'}")
     return metrics
 
@@ -172,7 +173,8 @@ class Scored(NamedTuple):
 
     @property
     def verdicts(self) -> list[str]:
-        return ["anomalous" if x > self.threshold else "normal" for x in self.scores[:, 0]]
+        above = (self.scores[:, 0] > self.threshold).tolist()
+        return ["anomalous" if x else "normal" for x in above]
 
     @property
     def ranked(self) -> list[int]:
@@ -184,13 +186,14 @@ class Scored(NamedTuple):
 def score(detector: GaussianAD, samples: list[Sample], args: Namespace, out: Path) -> Scored:
     """Score images; draw pictures of all if asked to. Of your own images, which may be many, only
     the tensors of the most anomalous are kept, and those that cannot be read are left out."""
-    maxima, read, digests, scores, tensors = detector.held_out_scores[:, 1], [], [], [], {}
+    maxima = detector.held_out_scores[:, 1]
     limits = [gaussad.tail_quantile(maxima, 1 - rate) for rate in (0.5, args.false_alarms, 0.01)]
     threshold = detector.threshold(args.false_alarms)
-    (out / "pictures").mkdir(parents=True)
+    (out / "pictures" if args.pictures else out).mkdir(parents=True)
+    read, digests, scores = [], [], []
+    tensors = {}
     for batch in decoded(samples, detector.image_size, args):
-        images = torch.stack([image for _, _, image, _ in batch])
-        pooled, maps = detector.scores_and_maps(images)
+        pooled, maps = detector.scores_and_maps(torch.stack([image for _, _, image, _ in batch]))
         anomaly = detector.anomaly_score(pooled, maps)
         scores += torch.stack([anomaly, pooled, maps.amax((1, 2))], 1).tolist()
         for (sample, digest, image, mask), anomaly_map in zip(batch, maps.cpu()):
@@ -200,8 +203,8 @@ def score(detector: GaussianAD, samples: list[Sample], args: Namespace, out: Pat
             if args.pictures:
                 number = f"{len(read):0{len(str(len(samples)))}d}"  # so that they sort
                 name = f"{number}_{sample.path.parent.name}_{sample.path.stem}"[:50]
-                image = picture(image, anomaly_map, mask, limits)
-                image.save(out / f"pictures/{name}.png")
+                drawn = picture(image, anomaly_map, mask, limits)
+                drawn.save(out / f"pictures/{name}.png")
         if args.images:
             for i in sorted(tensors, key=lambda i: scores[i][0])[:-SHOWN]:
                 del tensors[i]
@@ -209,8 +212,6 @@ def score(detector: GaussianAD, samples: list[Sample], args: Namespace, out: Pat
     gaussad.progress("")
     if not read:
         raise ValueError("none of these images can be read")
-    if not args.pictures:
-        (out / "pictures").rmdir()
     scores = torch.tensor(scores, dtype=torch.float64)
     return Scored(read, digests, scores, tensors, threshold, limits)
 

@@ -102,13 +102,13 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def _shapes(self, side: int = 224) -> list[torch.Size]:
-        """The shape (C, H, W) of every level, found with an image of grey levels."""
-        x = torch.linspace(0, 1, 3 * side**2, dtype=self.mean.dtype).view(1, 3, side, side)
+        """The shape (C, H, W) of every level, found with a normalised image of grey levels."""
+        x = torch.linspace(-2, 2, 3 * side**2, dtype=self.mean.dtype).view(1, 3, side, side)
         shapes = []
         for level, stage in enumerate(self.stages, start=1):
             before = x.clone()
             y = stage(x)
-            if not torch.equal(x, before):  # then level - 1 would not be what its module returned
+            if not torch.allclose(x, before, 0, 0, equal_nan=True):  # so level - 1 would be lost
                 raise ValueError(f"module {level} changes its input in place: set inplace=False")
             if not isinstance(y, Tensor) or y.ndim != 4:
                 raise ValueError(f"module {level} must return feature maps (B, C, H, W)")
@@ -295,21 +295,20 @@ class GaussianAD(nn.Module):
 
     def fit(self, batches: Iterable) -> GaussianAD:
         """Fit all Gaussians to at least three normal images: batches of images, or of (images,
-        label). Returns self. Holds the features of all images meanwhile: 0.7 MB each for
-        EfficientNet-B4 at 380 px."""
+        label). Returns self. Meanwhile features are held, of EfficientNet-B4 0.7 MB an image."""
         self.image_size = None
         self.gaussians = self._fitted(self._features_of(batches))
         return self
 
     def calibrate(self, held_out: Tensor, batch_size: int = 16) -> GaussianAD:
         """Store the scores of at least three held-out normal images (N, 3, H, W), for
-        `anomaly_score` and `threshold`. Returns self. `fit` keeps them: fitting to all images
+        `anomaly_score` and `threshold`. Returns self. `fit` keeps them: a fit to all images
         afterwards makes better Gaussians, and thresholds slightly on the high side (*ours*).
 
-        One bad picture, such as a black frame, would decide mean, standard deviation and tail, and
-        defects would pass as normal. So images whose pooled score or maximum of the map is over 2.5
-        times the median are left out, with a warning (*ours*). On seventeen clean sets that was one
-        image; twice the median, or Tukey's fences, cut more."""
+        One bad picture, such as a black frame, would decide mean, deviation and tail, and defects
+        would pass. So an image whose pooled score or maximum of the map is over 2.5 times the
+        median is left out, with a warning (*ours*): on seventeen clean sets, one image was."""
+        check_images(held_out)
         warn_of_outliers(self._calibrate(self._features_of(held_out.split(batch_size))))
         return self
 
@@ -527,9 +526,9 @@ class AugmentationValidator:
 
     Held-out normal images x_i should score low, their augmented versions x̃_j high. With C_ij = 1 if
     x̃_j scores above x_i, ½ if they tie and 0 if not, the AUROC is the mean of C. The influence of
-    image i is the mean of row i plus the mean of the columns of its own versions, less twice the
-    AUROC; the standard error is the standard deviation of the influences over √N (DeLong et al.
-    1988; for clusters Obuchowski 1997).
+    image i is the mean of row i plus that of the columns of its own versions, less twice the AUROC;
+    the standard error is the standard deviation of the influences over √N (DeLong et al. 1988; for
+    clusters Obuchowski 1997).
 
     images          (N, 3, S, S) uint8 on the CPU: at least three held-out normal images
     seed            of the augmented images, which are drawn once
@@ -543,6 +542,7 @@ class AugmentationValidator:
         n_augmented: int = 64,
         augmentations: dict[str, Callable[[Tensor], Tensor]] = DEFAULT_AUGMENTATIONS,
     ) -> None:
+        check_images(images)
         if len(images) < 3 or images.dtype != torch.uint8:
             raise ValueError("the validator needs at least three held-out images, uint8")
         self.normal, self.augmented = images, {}
@@ -555,19 +555,16 @@ class AugmentationValidator:
 
     @torch.no_grad()
     def __call__(
-        self,
-        score: Callable[[Tensor], Tensor],
-        batch_size: int = 16,
-        normal_scores: Tensor | None = None,
+        self, score: Callable[[Tensor], Tensor], batch_size: int = 16, normal: Tensor | None = None
     ) -> Validation:
         """Validate a function that maps images (B, 3, S, S) to scores (B,), such as a detector.
-        `normal_scores` are those of the held-out images, where they are known. Raises ValueError
-        for scores that are not finite."""
+        `normal` are its scores of the held-out images, where they are known. Raises ValueError for
+        scores that are not finite."""
 
         def scores_of(images: Tensor) -> Tensor:
             return torch.cat([score(x).cpu() for x in images.split(batch_size)])
 
-        normal = scores_of(self.normal) if normal_scores is None else normal_scores.cpu()
+        normal = scores_of(self.normal) if normal is None else normal.cpu()
         aurocs, influences = {}, []
         for name, images in self.augmented.items():
             augmented = scores_of(images)
@@ -765,14 +762,13 @@ def label_regions(mask: Tensor) -> Tensor:
 
 # ======== End of the method. The rest is what a program needs around it. ========================
 
-
-# ---- 7. What the method takes for granted: input, precision, devices -----------------------------
+# ---- 7. Input, precision, devices --------------------------------------------------------------
 
 
 def check_images(images: Tensor) -> None:
     """ValueError unless images are a tensor (B, 3, H, W), uint8 or floating-point in [0, 1]."""
     shape = list(getattr(images, "shape", ()))
-    valid = isinstance(images, Tensor) and len(shape) == 4 and shape[1] == 3
+    valid = isinstance(images, Tensor) and len(shape) == 4 and shape[0] > 0 and shape[1] == 3
     valid = valid and (images.is_floating_point() or images.dtype == torch.uint8)
     if valid and images.is_floating_point() and not torch.compiler.is_compiling():
         valid = images.min() >= 0 and images.max() <= 1  # neither normalised yet nor NaN
@@ -855,13 +851,18 @@ def named_stages(backbone: str, weights: str | Path) -> tuple[Sequence[nn.Module
 
 def stages_of_file(path: str) -> tuple[Sequence[nn.Module], list, list]:
     """The `stages`, `mean` and `std` that a Python file defines; it may import its neighbours."""
-    sys.path.insert(0, str(Path(path).resolve().parent))
+    path_before, modules_before = list(sys.path), set(sys.modules)
+    folder = Path(path).resolve().parent
+    sys.path.insert(0, str(folder))
     try:
         defined = runpy.run_path(path)
     except Exception as error:  # whatever the file raises
         raise ValueError(f"cannot run {path}: {type(error).__name__}: {error}") from error
     finally:
-        del sys.path[0]
+        sys.path[:] = path_before
+        for name in sys.modules.keys() - modules_before:  # another file may have its own model.py
+            if folder in Path(getattr(sys.modules[name], "__file__", None) or "").parents:
+                del sys.modules[name]
     if not {"stages", "mean", "std"} <= defined.keys():
         raise ValueError(f"{path} must define stages, mean and std")
     return defined["stages"], defined["mean"], defined["std"]
@@ -979,7 +980,7 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
         raise ValueError(f"no images in {home / NORMAL}, where {split} images are expected")
     masked = [sample.mask for sample in samples if sample.mask]
     if shared := len(masked) - len(set(masked)):
-        warnings.warn(f"{category}: {shared} images have a mask that another one of that name has")
+        warnings.warn(f"{category}: {shared} images share the mask of another of the same name")
     return samples
 
 
@@ -1134,21 +1135,21 @@ def load_plain(path: str | Path | BinaryIO) -> dict:
     if isinstance(path, str | Path):
         with open(path, "rb") as file:
             return load_plain(file)
+    name, packed = getattr(path, "name", "the file"), zipfile.is_zipfile(path)
     try:
-        packed = zipfile.is_zipfile(path)  # as torch.save writes since 1.6
-        damaged = packed and zipfile.ZipFile(path).testzip()  # which torch.load does not notice
+        if packed and zipfile.ZipFile(path).testzip():  # which torch.load does not notice
+            raise zipfile.BadZipFile
         path.seek(0)
-        content = "damage" if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
         raise
     except Exception as error:  # the unpickler may raise anything on other files
         reason = "was not written by torch.save, or is damaged"
-        if packed or "Unsupported" in str(error):
+        if packed and not isinstance(error, zipfile.BadZipFile) or "Unsupported" in str(error):
             reason = "holds more than tensors: save its state_dict()"
-        raise ValueError(f"{path.name} {reason}") from error
+        raise ValueError(f"{name} {reason}") from error
     if not isinstance(content, dict):
-        kind = content if damaged else f"a {type(content).__name__}"
-        raise ValueError(f"{path.name} holds {kind}, not a dict of tensors")
+        raise ValueError(f"{name} holds a {type(content).__name__}, not a dict of tensors")
     return content
 
 

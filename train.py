@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = names[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]
     for name in names:
         try:
-            train(args, name, device)
+            train_run(Namespace(**vars(args) | {"category": name, "run": args.runs / name}), device)
         except Exception as error:
             failed = True
             gaussad.print_error(error, name)
@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.demo and names and not failed:
         import evaluate
 
-        return evaluate.main([*evaluation(args, "demo"), "--device", args.device])
+        given = ["--data", args.data, "--category", "demo", "--runs", args.runs]
+        return evaluate.main([*map(str, given), "--device", args.device])
     return 2 if failed else 0
 
 
@@ -107,36 +108,39 @@ def parse(argv: Sequence[str]) -> Namespace:
     return args
 
 
-def train(args: Namespace, category: str, device: torch.device) -> None:
+def train_run(args: Namespace, device: torch.device) -> None:
     """Train one detector, or resume; bad input changes nothing on disk."""
-    run = args.runs / category
-    images = normal_images(args, category, run)
-    checkpoint = read_checkpoint(run, settings_of(args, images), args.force)
+    images = normal_images(args)
+    checkpoint = read_checkpoint(args, list(images))
     if checkpoint["checks"] and checkpoint["state"] is None:
-        print(f"{run} is finished; --force trains anew")
+        print(f"{args.run} is finished; --force trains anew")
         return
     torch.manual_seed(args.seed)  # for random weights
     extractor = FeatureExtractor(args.backbone, args.levels, args.weights)
     detector = GaussianAD(extractor, args.map_levels, args.covariance).to(device)
     if checkpoint["checks"]:
-        detector = GaussianAD.load(run / "detector.pt", device, extractor)
+        detector = GaussianAD.load(args.run / "detector.pt", device, extractor)
     fit, held_out = gaussad.hold_out(list(images.values()), args.seed)
     if len(fit) < 50:
         warnings.warn(f"only {len(fit)} images to fit: thresholds are unreliable; 100 are better")
-    print(f"{run}: {len(fit)} images to fit, {len(held_out)} held out")
-    fine_tune_and_save(detector, fit, held_out, args, run, checkpoint)
-    command = shlex.join(["python", "evaluate.py", *evaluation(args, category)])
-    print(f"{summary(checkpoint['checks'])}\nevaluate it: {command}")
+    print(f"{args.run}: {len(fit)} images to fit, {len(held_out)} held out")
+    fine_tune_and_save(args, detector, fit, held_out, checkpoint)
+    print(summary(checkpoint["checks"]))
+    source = ["--images", "PATH"] if args.normal else ["--data", args.data]
+    own = ["--backbone", args.backbone] if args.backbone.endswith(".py") else []
+    command = ["python", "evaluate.py", *source, "--category", args.category, *own]
+    print("evaluate it:", shlex.join(map(str, [*command, "--runs", args.runs])))
 
 
-def normal_images(args: Namespace, category: str, run: Path) -> dict[str, Path]:
+def normal_images(args: Namespace) -> dict[str, Path]:
     """The normal images by the digest of their content, each once: a held-out copy of a fitted
     image would seem more normal than any other."""
     if args.data:
-        gaussad.check_run(run, [args.data / category / name for name in gaussad.FOLDERS])
-        paths = [sample.path for sample in gaussad.list_samples(args.data, category, "train")]
+        folders = [args.data / args.category / name for name in gaussad.FOLDERS]
+        gaussad.check_run(args.run, folders)
+        paths = [x.path for x in gaussad.list_samples(args.data, args.category, "train")]
     else:
-        gaussad.check_run(run, [args.normal])
+        gaussad.check_run(args.run, [args.normal])
         if args.normal.is_file():
             raise ValueError(f"--normal {args.normal} is a file: give a folder")
         paths = gaussad.list_images([args.normal])
@@ -153,47 +157,34 @@ def normal_images(args: Namespace, category: str, run: Path) -> dict[str, Path]:
     return images
 
 
-def settings_of(args: Namespace, images: dict[str, Path]) -> dict:
-    """All that makes another run; images and other files by their content."""
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"images": list(images)}
+def read_checkpoint(args: Namespace, images: list[str]) -> dict:
+    """The checkpoint of the run, or a new one. What makes another run are the settings; images and
+    other files by their content. ValueError that names those that differ from the run's."""
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"images": images}
     for name in ("weights", "backbone"):
         if Path(settings[name]).is_file():
             settings[name] = gaussad.digest(Path(settings[name]))
-    return settings
-
-
-def read_checkpoint(run: Path, settings: dict, force: bool) -> dict:
-    """The checkpoint of a run, or a new one. ValueError that names what differs if the run that is
-    there has other settings."""
-    path, new = run / "checkpoint.pt", {"settings": settings, "checks": [], "state": None}
-    if force or not path.exists():
+    path, new = args.run / "checkpoint.pt", {"settings": settings, "checks": [], "state": None}
+    if args.force or not path.exists():
         return new
     old = gaussad.load_plain(path)
     if old.keys() != new.keys():
-        raise ValueError(
-            f"{path} is not of this version of train.py: give other --runs, or --force"
-        )
-    there = old["settings"]
-    changed = [name for name in settings if there.get(name) != settings[name]]
+        raise ValueError(f"{path} is not of this version of train.py: --force trains anew")
+    changed = [name for name in settings if old["settings"].get(name) != settings[name]]
     if changed:
-        names = [f"{x} ({there.get(x)}, now {settings[x]})" for x in changed if x != "images"]
-        names += ["images"] if "images" in changed else []
+        there = {name: old["settings"].get(name) for name in changed}
+        named = (x if x == "images" else f"{x} ({there[x]}, now {settings[x]})" for x in changed)
         advice = "--force trains anew, another --category or --runs keeps both"
-        raise ValueError(f"{run} was trained with other settings: {', '.join(names)}; {advice}")
+        raise ValueError(f"{args.run} has other settings: {', '.join(named)}; {advice}")
     return old
 
 
 def fine_tune_and_save(
-    detector: GaussianAD,
-    fit: list[Path],
-    held_out: list[Path],
-    args: Namespace,
-    run: Path,
-    checkpoint: dict,
+    args: Namespace, detector: GaussianAD, fit: list[Path], held_out: list[Path], checkpoint: dict
 ) -> None:
     """Fine-tune; after each check the kept detector is on disk, and what resuming needs."""
-    checks, start = checkpoint["checks"], time.perf_counter()
-    first, last = checks[-1]["step"] if checks else 0, start
+    checks, last = checkpoint["checks"], time.perf_counter()
+    start, first = last, checks[-1]["step"] if checks else 0
 
     def show_step(step: int, loss: float) -> None:
         left = (time.perf_counter() - start) / (step - first) * (args.steps - step) / 60
@@ -207,7 +198,7 @@ def fine_tune_and_save(
         gaussad.load_images(x, args.image_size, args.workers) for x in (fit, held_out)
     )
     batches = DataLoader(images, args.batch_size, shuffle=True)
-    run.mkdir(parents=True, exist_ok=True)
+    args.run.mkdir(parents=True, exist_ok=True)
     print("AUROC: how well held-out images are told from augmented versions of them, in %")
     print(f"{'step':>6}{'loss':>9}{'seconds':>9}{'AUROC':>8}", *map(table_row, checks), sep="\n")
     try:
@@ -217,11 +208,11 @@ def fine_tune_and_save(
             print(table_row(checks[-1]), flush=True)
             if check.kept:
                 for name in ("results", "scored"):  # of an earlier detector
-                    shutil.rmtree(run / name, ignore_errors=True)
+                    shutil.rmtree(args.run / name, ignore_errors=True)
                 if check.step == 0:  # so would an earlier checkpoint be
-                    (run / "checkpoint.pt").unlink(missing_ok=True)
-                detector.save(run / "detector.pt")
-            gaussad.save_plain({**checkpoint, "state": check.state}, run / "checkpoint.pt")
+                    (args.run / "checkpoint.pt").unlink(missing_ok=True)
+                detector.save(args.run / "detector.pt")
+            gaussad.save_plain(checkpoint | {"state": check.state}, args.run / "checkpoint.pt")
             last = time.perf_counter()
     except KeyboardInterrupt:
         step = f"step {checks[-1]['step']}" if checks else "the beginning"
@@ -229,7 +220,7 @@ def fine_tune_and_save(
             f"\ninterrupted; the same command without --force goes on from {step}", file=sys.stderr
         )
         raise
-    gaussad.save_plain({**checkpoint, "state": None}, run / "checkpoint.pt")
+    gaussad.save_plain(checkpoint | {"state": None}, args.run / "checkpoint.pt")
 
 
 def record(check: Check, seconds: float) -> dict:
@@ -255,20 +246,11 @@ def table_row(check: dict) -> str:
 def summary(checks: list[dict]) -> str:
     """What training ended in, in words."""
     kept = [check for check in checks if check["kept"]]
-    if len(checks) == 1:
-        return "fitted the frozen network, without fine-tuning"
     if len(kept) == 1:
-        return "no step gained more than one standard error: the frozen network is kept"
+        return "the frozen network is kept" + " as no step gained enough" * (len(checks) > 1)
     gain, error = 100 * kept[-1]["gain"], 100 * kept[-1]["standard_error"]
     over = f"its AUROC gained {gain:.1f} ± {error:.1f} over step {kept[-2]['step']}"
     return f"step {kept[-1]['step']} is kept: {over} ({100 * checks[0]['auroc']:.1f} at step 0)"
-
-
-def evaluation(args: Namespace, category: str) -> list[str]:
-    """The options of evaluate.py for a run."""
-    source = ["--images", "PATH"] if args.normal else ["--data", str(args.data)]
-    own = ["--backbone", args.backbone] if args.backbone.endswith(".py") else []
-    return [*source, "--category", category, "--runs", str(args.runs), *own]
 
 
 # ---- The demo ----------------------------------------------------------------------------------
