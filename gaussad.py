@@ -29,7 +29,7 @@ import zipfile
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -91,30 +91,26 @@ class FeatureExtractor(nn.Module):
         shapes = self._shapes()
         self.strides = [224 / shape[-1] for shape in shapes]  # of level 1, 2, …
         if levels is None:
-            deep = [stride > 12 for stride in self.strides]
-            last = [a != b for a, b in pairwise([*shapes, None])]
-            levels = [i + 1 for i in range(len(shapes)) if deep[i] and last[i]] or [len(shapes)]
+            pairs = enumerate(pairwise([*shapes, None]), start=1)  # a level and the next
+            levels = [i for i, (a, b) in pairs if 224 / a[-1] > 12 and a != b] or [len(shapes)]
         self.levels = sorted(set(map(int, levels)))
         if not self.levels or self.levels[0] < 1 or self.levels[-1] > len(shapes):
             raise ValueError(f"this network has the levels 1 to {len(shapes)}, not {levels}")
         self.stages = self.stages[: self.levels[-1]]
-        self.to(memory_format=torch.channels_last)  # 1.6 times faster on a CPU
+        self.to(memory_format=torch.channels_last).eval()  # 1.6 times faster on a CPU
 
     @torch.no_grad()
-    def _shapes(self, side: int = 224) -> list[torch.Size]:
-        """The shape (C, H, W) of every level, found with a normalised image of grey levels."""
-        x = torch.linspace(-2, 2, 3 * side**2, dtype=self.mean.dtype).view(1, 3, side, side)
-        shapes = []
+    def _shapes(self) -> list[torch.Size]:
+        """The shape (C, H, W) of every level, found with a normalised ramp of 224 px."""
+        maps = [torch.linspace(-2, 2, 3 * 224**2, dtype=self.mean.dtype).view(1, 3, 224, 224)]
         for level, stage in enumerate(self.stages, start=1):
-            before = x.clone()
-            y = stage(x)
-            if not torch.allclose(x, before, 0, 0, equal_nan=True):  # so level - 1 would be lost
+            before = maps[-1].clone()
+            maps.append(stage(maps[-1]))
+            if not torch.allclose(maps[-2], before, 0, 0, equal_nan=True):  # level - 1 is lost
                 raise ValueError(f"module {level} changes its input in place: set inplace=False")
-            if not isinstance(y, Tensor) or y.ndim != 4:
+            if not isinstance(maps[-1], Tensor) or maps[-1].ndim != 4:
                 raise ValueError(f"module {level} must return feature maps (B, C, H, W)")
-            shapes.append(y.shape[1:])
-            x = y
-        return shapes
+        return [x.shape[1:] for x in maps[1:]]
 
     def train(self, mode: bool = True) -> FeatureExtractor:
         """Stay in evaluation mode, whatever `mode` a parent module is set to."""
@@ -186,8 +182,18 @@ class Gaussian(nn.Module):
             raise ValueError(f"a Gaussian needs at least three samples, not {n}")
         if not samples.isfinite().all():
             raise ValueError("features are not finite: lower the learning rate, or check weights")
-        pieces = samples.reshape(-1, n, c).split(32)  # bounds the memory that Σ takes
-        fits = [_mean_and_whitening(x, ridge, covariance) for x in pieces]
+        identity, fits = torch.eye(c, dtype=torch.float64, device=samples.device), []
+        for x in samples.reshape(-1, n, c).split(32):  # bounds the memory that Σ takes
+            mean, sigma = x.double().mean(-2), ledoit_wolf(x)[0] + ridge * identity
+            variance = sigma.diagonal(dim1=-2, dim2=-1).mean(-1)
+            rounding = torch.finfo(torch.float32).eps * mean  # of features; variance below is noise
+            constant = variance <= rounding.square().mean(-1)
+            kinds = {"full": sigma, "diagonal": sigma * identity}
+            sigma = {**kinds, "identity": identity.expand_as(sigma)}[covariance]
+            factor, failed = torch.linalg.cholesky_ex(sigma)  # Σ = L Lᵀ, W = L⁻¹
+            if constant.any() or failed.any():
+                raise ValueError("features do not vary: are images the same, or is lr too high?")
+            fits.append((mean, torch.linalg.solve_triangular(factor, identity, upper=False)))
         mean, whitening = (torch.cat(parts) for parts in zip(*fits))
         return cls(mean.view(*shape, c), whitening.view(*shape, c, c))
 
@@ -199,28 +205,10 @@ class Gaussian(nn.Module):
         return torch.linalg.vector_norm(whitened, dim=-1)
 
 
-def _mean_and_whitening(samples: Tensor, ridge: float, covariance: str) -> tuple[Tensor, Tensor]:
-    """μ, and W = L⁻¹ with Σ = L Lᵀ (Cholesky), of samples (..., N, C)."""
-    mean, (sigma, _) = samples.double().mean(-2), ledoit_wolf(samples)
-    identity = torch.eye(sigma.shape[-1], dtype=sigma.dtype, device=sigma.device)
-    sigma = sigma + ridge * identity
-    variance = sigma.diagonal(dim1=-2, dim2=-1).mean(-1)
-    rounding = torch.finfo(torch.float32).eps * mean  # of features; variance below is noise
-    constant = variance <= rounding.square().mean(-1)
-    if covariance == "diagonal":
-        sigma = sigma * identity
-    elif covariance == "identity":
-        sigma = identity.expand_as(sigma)
-    factor, failed = torch.linalg.cholesky_ex(sigma)
-    if constant.any() or failed.any():
-        raise ValueError("features do not vary: are all images the same, or is the rate too high?")
-    return mean, torch.linalg.solve_triangular(factor, identity, upper=False)
-
-
 # ---- 3. Detector -------------------------------------------------------------------------------
 
 MAP_RIDGE = 0.1  # fraction of the mean variance that is added to each variance of a map (ours)
-OUTLIER = 2.5  # a held-out image that scores more times the median is left out (ours)
+OUTLIER = 2.5  # times the median: held-out images that score more are left out (ours)
 
 
 class GaussianAD(nn.Module):
@@ -297,7 +285,7 @@ class GaussianAD(nn.Module):
         """Fit all Gaussians to at least three normal images: batches of images, or of (images,
         label). Returns self. Meanwhile features are held, of EfficientNet-B4 0.7 MB an image."""
         self.image_size = None
-        self.gaussians = self._fitted(self._features_of(batches))
+        self.gaussians = self._gaussians_of(self._features_of(batches))
         return self
 
     def calibrate(self, held_out: Tensor, batch_size: int = 16) -> GaussianAD:
@@ -318,7 +306,7 @@ class GaussianAD(nn.Module):
         return [torch.cat(features) for features in zip(*parts)]
 
     @torch.no_grad()
-    def _fitted(self, features: list[Tensor]) -> nn.ModuleList:
+    def _gaussians_of(self, features: list[Tensor]) -> nn.ModuleList:
         """A Gaussian of each of some features (N, ..., C)."""
         gaussians = nn.ModuleList()
         for x in features:
@@ -329,9 +317,10 @@ class GaussianAD(nn.Module):
     @torch.no_grad()
     def _calibrate(self, features: list[Tensor]) -> dict[int, float]:
         """`calibrate` on features. Returns the outliers: number of the image → score / median."""
+        pooled = self._pooled_score(features)
         pieces = zip(*(x.split(16) for x in features))  # bounds the memory that maps take
         maxima = torch.cat([self._maps(piece).amax((-2, -1)) for piece in pieces])
-        scores = torch.stack([self._pooled_score(features), maxima.double()], 1)
+        scores = torch.stack([pooled, maxima.double()], 1)
         over_median = (scores / scores.median(0).values).amax(1)
         usual = scores[over_median <= OUTLIER]
         if len(usual) < 3 or not (usual.std(0) > 0).all():  # NaN is not above 0 either
@@ -395,17 +384,16 @@ def tail_quantile(scores: Tensor, quantile: float) -> float:
     If too few scores lie beyond it, the tail is taken to be exponential (*ours*). Let u be the
     (k+1)-th largest score, with k a fifth of N, but 2 to 10, and E the sum of what the k largest
     exceed it by. A future score exceeds u with probability p = (k + 1) / (N + 1), and then u + y E
-    with probability (1 + y)^-k; so the quantile is u + E ((p / (1 - quantile))^(1/k) - 1). Raises
-    ValueError for no scores, NaN, or a quantile out of range."""
+    with probability (1 + y)^-k; so the quantile is u + y E with y = (p / (1 - quantile))^(1/k) - 1.
+    Raises ValueError for no scores, NaN, or a quantile out of range."""
     if not 0 < quantile < 1 or not len(scores) or scores.isnan().any():
         raise ValueError("a quantile in (0, 1) needs at least one score, and no NaN")
     n, scores = len(scores), scores.double().sort(descending=True)[0]
     k = min(max(2, n // 5), 10, n - 1)
-    if k == 0 or n * (1 - quantile) >= k:
+    if n * (1 - quantile) >= k:
         return float(np.quantile(scores.cpu(), quantile, method="weibull"))
-    excess = (scores[:k] - scores[k]).sum()
-    p = (k + 1) / (n + 1)
-    return (scores[k] + excess * ((p / (1 - quantile)) ** (1 / k) - 1)).item()
+    y = ((k + 1) / (n + 1) / (1 - quantile)) ** (1 / k) - 1
+    return (scores[k] + y * (scores[:k] - scores[k]).sum()).item()
 
 
 # ---- 4. The objective, and what judges it: augmentations ---------------------------------------
@@ -467,8 +455,7 @@ OPACITIES = (1.0, 0.5, 0.25)  # the AUROC of opaque ones saturates; faint ones t
 def _squares(images: Tensor) -> Tensor:
     """Squares of 0.2 to 10 % of the image, log-uniform, cut at the border. Larger ones are too
     easy: even the frozen network detects them (*ours*)."""
-    log_area = torch.empty(len(images)).uniform_(math.log(0.002), math.log(0.1))
-    side = log_area.exp().sqrt()
+    side = torch.empty(len(images)).uniform_(math.log(0.002), math.log(0.1)).exp().sqrt()
     return _rectangles(images, side, side, torch.zeros(len(images)))
 
 
@@ -570,8 +557,7 @@ class AugmentationValidator:
             augmented = scores_of(images)
             if not (normal.isfinite().all() and augmented.isfinite().all()):
                 raise ValueError("the scores of held-out images are not finite")
-            difference = augmented - normal[:, None]  # (N, versions)
-            C = (difference > 0).double() + 0.5 * (difference == 0)
+            C = (augmented - normal[:, None]).sign().double() / 2 + 0.5  # (N, versions)
             own = C.mean(0).view(-1, len(normal)).mean(0)  # versions are in the order of the images
             aurocs[name] = C.mean().item()
             influences.append(C.mean(1) + own - 2 * C.mean())
@@ -637,59 +623,53 @@ def fine_tune(
     validator = AugmentationValidator(held_out, seed, augmentations=augmentations)
     tuned = GaussianAD(deepcopy(detector.extractor), detector.map_levels, detector.covariance)
     optimizer = torch.optim.Adam(tuned.parameters(), lr=lr)
-    done = pretrained = last_kept = None  # the step, the Gaussians, the validation
-    not_kept, warned = 0, set()  # checks since the last one kept; outliers
+    pretrained = last_kept = None  # the Gaussians, the validation
+    done, not_kept, warned = 0, 0, set()  # steps; checks since the last one kept; outliers
     if state is not None:
-        tuned.extractor.load_state_dict(state["network"])
+        tuned.set_state(state)
+        pretrained = tuned.gaussians.to(tuned.extractor.mean.device)
         optimizer.load_state_dict(deepcopy(state["optimizer"]))  # Adam would write to its tensors
-        pretrained = nn.ModuleList(Gaussian(**tensors) for tensors in state["pretrained"])
-        pretrained.to(tuned.extractor.mean.device)
         last_kept = Validation(**state["last_kept"])
         done, not_kept = state["step"], state["not_kept"]
 
-    while done is None or (done < steps and not_kept < patience):
-        step = 0 if done is None else min(max(FIRST_CHECK, 2 * done), steps)
+    while last_kept is None or (done < steps and not_kept < patience):
+        step = 0 if last_kept is None else min(max(FIRST_CHECK, 2 * done), steps)
         losses = []
         with seeded(seed + step), torch.enable_grad(), full_precision():
             tuned.gaussians = pretrained  # the target: held fixed
             endless = chain.from_iterable(images_of(batches) for _ in count())
-            for images in islice(endless, step - (done or 0)):
+            for images in islice(endless, step - done):
                 optimizer.zero_grad()
                 loss = mahalanobis_loss(tuned, images)
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.item())
-                on_step((done or 0) + len(losses), losses[-1])
+                on_step(done + len(losses), losses[-1])
 
-            fitted = tuned._features_of(batches)
-            others = tuned._features_of(held_out.split(batch_size))
-            tuned.gaussians = tuned._fitted(fitted[:-1])
+            features = tuned._features_of(batches)
+            held_out_features = tuned._features_of(held_out.split(batch_size))
+            tuned.gaussians = tuned._gaussians_of(features[:-1])
             if step == 0:
                 pretrained = tuned.gaussians
-            validation = validator(tuned, batch_size, tuned._pooled_score(others))
+            validation = validator(tuned, batch_size, tuned._pooled_score(held_out_features))
             gain, error = validation.gain_over(last_kept) if last_kept else (None, None)
             kept = last_kept is None or gain > error
+            not_kept += 1
             if kept:
-                tuned.gaussians = tuned.gaussians + tuned._fitted(fitted[-1:])
-                outliers = tuned._calibrate(others)
-                normal = [i for i in range(len(held_out)) if i not in outliers]
-                everything = [torch.cat([x, y[normal]]) for x, y in zip(fitted, others)]
-                tuned.gaussians = tuned._fitted(everything)
+                last_kept, not_kept = validation, 0
+                tuned.gaussians = tuned.gaussians + tuned._gaussians_of(features[-1:])
+                outliers = tuned._calibrate(held_out_features)
+                usual = [i for i in range(len(held_out)) if i not in outliers]
+                pairs = zip(features, held_out_features)
+                tuned.gaussians = tuned._gaussians_of([torch.cat([x, y[usual]]) for x, y in pairs])
                 detector.set_state(tuned.get_state())
                 warn_of_outliers({i: outliers[i] for i in outliers if i not in warned}, names)
                 warned |= outliers.keys()
 
         done = step
-        last_kept = validation if kept else last_kept
-        not_kept = 0 if kept else not_kept + 1
-        state = {
-            "step": step,
-            "network": tuned.extractor.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "pretrained": [gaussian.state_dict() for gaussian in pretrained],
-            "last_kept": vars(last_kept),
-            "not_kept": not_kept,
-        }
+        tuned.gaussians = pretrained
+        state = {"step": step, "last_kept": vars(last_kept), "not_kept": not_kept}
+        state |= {"optimizer": optimizer.state_dict(), **tuned.get_state()}
         mean_loss = fmean(losses) if losses else None
         yield Check(step, kept, mean_loss, validation, gain, error, deepcopy(state))
 
@@ -804,14 +784,11 @@ PRECISIONS = (torch.backends.cuda.matmul, _GPU.conv, _CPU.matmul, _CPU.conv)  # 
 def full_precision() -> Iterator[None]:
     """Compute float32 as such in this block, whatever torch is set to: rounding to TF32 or bfloat16
     would drown the directions of least variance, which dominate the scores."""
-    before = [setting.fp32_precision for setting in PRECISIONS]
-    try:
+    with ExitStack() as stack:
         for setting in PRECISIONS:
+            stack.callback(setattr, setting, "fp32_precision", setting.fp32_precision)
             setting.fp32_precision = "ieee"
         yield
-    finally:
-        for setting, precision in zip(PRECISIONS, before):
-            setting.fp32_precision = precision
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -1113,11 +1090,11 @@ def open_image(path: str | Path, decode: bool = True) -> Image.Image:
 
 def read_detector(path: str | Path | BinaryIO, extractor: FeatureExtractor | None) -> GaussianAD:
     """The detector in a file: see `GaussianAD.load`."""
-    content, name = load_plain(path), getattr(path, "name", path)
+    content, name = load_plain(path), path if isinstance(path, str | Path) else path.name
     try:
-        if extractor is None and content["backbone"] not in BACKBONES:
-            raise ValueError(f"{name} is of your own network: give its extractor (--backbone)")
         if extractor is None:
+            if content["backbone"] not in BACKBONES:
+                raise ValueError(f"{name} is of your own network: give its extractor (--backbone)")
             with seeded(0):  # random weights, replaced below
                 extractor = FeatureExtractor(content["backbone"], content["levels"], "random")
         if extractor.levels != content["levels"]:
