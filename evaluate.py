@@ -114,13 +114,13 @@ def evaluate(args: Namespace, category: str) -> dict:
         page = report(category, words, metrics, found)  # file names as the file system has them
         (out / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
     if args.data:
-        print(f"{category}, {details['detector']}")
-        print(table([(title, metrics[key]) for key, title in FIGURES.items()]))
+        gaussad.say(f"{category}, {details['detector']}")
+        gaussad.say(table([(title, metrics[key]) for key, title in FIGURES.items()]))
     else:
         verdicts = found.verdicts
         for i in found.ranked:
-            print(f"{found.scores[i, 0]:8.2f} {verdicts[i]:<9} {found.samples[i].path}")
-    print(f"{words} Report: {place / 'report.html'}")
+            gaussad.say(f"{found.scores[i, 0]:8.2f} {verdicts[i]:<9} {found.samples[i].path}")
+    gaussad.say(f"{words} Report: {place / 'report.html'}")
     return metrics
 
 
@@ -225,8 +225,8 @@ def decoded(samples: list[Sample], size: list[int], args: Namespace) -> Iterator
             mask = torch.zeros(size, dtype=torch.bool)
             if sample.mask and sample.defect != NORMAL:
                 mask = gaussad.load_mask(sample.mask, size, sample.path)
-            image = gaussad.load_image(sample.path, size)
-            return sample, gaussad.digest(sample.path), image, mask
+            digest = gaussad.digest(sample.path)
+            return sample, digest, gaussad.load_image(sample.path, size), mask
         except (ValueError, OSError) as error:
             if args.data:
                 raise
@@ -365,7 +365,7 @@ def write_results(root: Path, metrics: dict[str, dict]) -> None:
     rows = [("category", *RESULTS), *rows, mean, error]
     with gaussad.replacing(root / "results.csv") as new, new.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    print(f"{table(rows)}\n{root / 'results.csv'}")
+    gaussad.say(f"{table(rows)}\n{root / 'results.csv'}")
 
 
 def shown(x: object) -> str:

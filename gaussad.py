@@ -105,7 +105,7 @@ class FeatureExtractor(nn.Module):
         maps = [torch.linspace(-2, 2, 3 * 224**2, dtype=self.mean.dtype).view(1, 3, 224, 224)]
         for level, stage in enumerate(self.stages, start=1):
             before = maps[-1].clone()
-            maps.append(stage(maps[-1]))
+            maps.append(apply_stage(stage, level, maps[-1]))
             if not torch.allclose(maps[-2], before, 0, 0, equal_nan=True):  # level - 1 is lost
                 raise ValueError(f"module {level} changes its input in place: set inplace=False")
             if not isinstance(maps[-1], Tensor) or maps[-1].ndim != 4:
@@ -125,7 +125,7 @@ class FeatureExtractor(nn.Module):
         maps = []
         with full_precision():
             for level, stage in enumerate(self.stages, start=1):
-                x = stage(x)
+                x = apply_stage(stage, level, x)
                 if level in self.levels:
                     maps.append(x)
         return maps
@@ -757,6 +757,16 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"images must be a tensor (B, 3, H, W), uint8 or in [0, 1], not {found}")
 
 
+def apply_stage(stage: nn.Module, level: int, x: Tensor) -> Tensor:
+    """stage(x); ValueError if it cannot take it, such as an image that is too small."""
+    try:
+        return stage(x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(f"module {level} cannot take {list(x.shape)}: {error}") from error
+
+
 def images_of(batches: Iterable) -> Iterator[Tensor]:
     """The images of batches, which are images or (images, label); ValueError if there are none."""
     batch = None
@@ -833,16 +843,15 @@ def stages_of_file(path: str) -> tuple[Sequence[nn.Module], list, list]:
     sys.path.insert(0, str(folder))
     try:
         defined = runpy.run_path(path)
-    except Exception as error:  # whatever the file raises
-        raise ValueError(f"cannot run {path}: {type(error).__name__}: {error}") from error
+        return list(nn.ModuleList(defined["stages"])), defined["mean"], defined["std"]
+    except (Exception, SystemExit) as error:  # whatever the file raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} must define stages, mean and std, but: {reason}") from error
     finally:
         sys.path[:] = path_before
         for name in sys.modules.keys() - modules_before:  # another file may have its own model.py
             if folder in Path(getattr(sys.modules[name], "__file__", None) or "").parents:
                 del sys.modules[name]
-    if not {"stages", "mean", "std"} <= defined.keys():
-        raise ValueError(f"{path} must define stages, mean and std")
-    return defined["stages"], defined["mean"], defined["std"]
 
 
 @torch.no_grad()
@@ -1122,7 +1131,11 @@ def load_plain(path: str | Path | BinaryIO) -> dict:
         raise
     except Exception as error:  # the unpickler may raise anything on other files
         reason = "was not written by torch.save, or is damaged"
-        if packed and not isinstance(error, zipfile.BadZipFile) or "Unsupported" in str(error):
+        if (
+            packed
+            and not isinstance(error, zipfile.BadZipFile)
+            or "Unsupported global" in str(error)
+        ):
             reason = "holds more than tensors: save its state_dict()"
         raise ValueError(f"{name} {reason}") from error
     if not isinstance(content, dict):
@@ -1170,7 +1183,10 @@ def digest(path: Path) -> str:
 def category_names(given: Sequence[str], data: Path | None) -> list[str]:
     """The categories that --category names, each once; "all" are those in `data`."""
     names = list_categories(data) if data and "all" in given else given
-    return list(dict.fromkeys(unicodedata.normalize("NFC", name.rstrip("/\\")) for name in names))
+    names = dict.fromkeys(unicodedata.normalize("NFC", name.rstrip("/\\")) for name in names)
+    if wrong := [name for name in names if not name or Path(name).name != name]:
+        raise ValueError(f"--category {wrong[0]!r} is not the name of a folder")
+    return list(names)
 
 
 def check_run(run: Path, folders: Iterable[Path]) -> None:
@@ -1190,11 +1206,16 @@ def progress(line: str) -> None:
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
+def say(*lines: object) -> None:
+    """Print lines; it is no error if nobody reads on, as in `| head`."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_error(error: Exception, where: object = "") -> None:
     """Print an error that a user can fix as one line; raise others again, for their traceback."""
-    if isinstance(error, BrokenPipeError):  # nobody reads on, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
     message = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate mem" in message:
         message = "out of memory: use smaller batches or images"

@@ -10,6 +10,7 @@ import base64
 import csv
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,6 +19,9 @@ import runpy
 import shutil
 import signal
 import sys
+import time
+import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
@@ -891,11 +895,20 @@ def run(script, *given):
         runpy.run_path(str(HERE / script), run_name="__main__")
 
 
+def in_a_process(function, *given):
+    """Call a function in a process of its own; the exit code."""
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=given)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
 @pytest.fixture
 def cli(capfd):
     """Run a script; its exit code, output and errors."""
 
     def call(*given):
+        capfd.readouterr()  # of processes before
         with pytest.raises(SystemExit) as stop:
             run(*given)
         return stop.value.code, *capfd.readouterr()
@@ -908,6 +921,12 @@ def assert_one_line(result, message):
     assert code == 2 and error.count("\n") == 1 and re.search(message, error), error
 
 
+def contents(folder):
+    """Digests of all files in a folder, hidden ones too."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
 def read_scores(folder):
     """The rows of scores.csv, and of each the anomaly score, the pooled one, the map's maximum."""
     with (folder / "scores.csv").open(newline="", errors="surrogateescape") as file:
@@ -915,8 +934,19 @@ def read_scores(folder):
     return rows, np.array([list(row.values())[-3:] for row in rows], float)
 
 
-def read_json(path):
-    return json.loads(path.read_text())
+def read_metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def assert_same_bits(detector, expected):
+    found, expected = detector.state_dict(), expected.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def every_check_gains(self, other):
+    """In place of Validation.gain_over."""
+    return 1.0, 0.5
 
 
 @pytest.fixture(scope="module")
@@ -930,67 +960,157 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(demo, tmp_path_factory):
-    """A folder where train.py has run, on data without test images."""
+    """A folder where train.py has run, on data without test images, and kept every check."""
     root = tmp_path_factory.mktemp("trained")
     shutil.copytree(Path(demo[1], "demo/train"), root / "data/demo/train")
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.warns(UserWarning, match="only 32 images to fit"),
-    ):
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(match="only 32 images to fit"):
         patch.chdir(root)
+        patch.setattr(gaussad.Validation, "gain_over", every_check_gains)
         assert train.main(["--data", "data", "--category", "demo", *TINY, "--steps", "3"]) == 0
     return root
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """A copy of its folder of runs."""
+    return shutil.copytree(trained / "runs", tmp_path / "runs")
 
 
 @pytest.fixture(scope="module")
 def evaluated(trained, demo, tmp_path_factory):
     """What evaluate.py writes, and what the library says of the same images."""
-    out, runs = tmp_path_factory.mktemp("evaluated"), trained / "runs"
-    given = ["--model", str(runs), "--out", str(out), "--pictures", "--false-alarms", "0.1"]
-    with pytest.warns(UserWarning, match="leave out 1 images whose mask is missing"):
-        assert evaluate.main([*demo, *given]) == 0
-    rows, found = read_scores(out)
-    detector = GaussianAD.load(runs / "demo/detector.pt")
-    samples = gaussad.list_samples(demo[1], "demo", "test")
+    e = SimpleNamespace(run=tmp_path_factory.mktemp("evaluated") / "demo")
+    shutil.copytree(trained / "runs/demo", e.run)
+    given = ["--runs", str(e.run.parent), "--pictures", "--false-alarms", "0.1"]
+    with pytest.warns(match="demo: pixel figures leave out 1 images whose mask is missing"):
+        assert evaluate.main([*demo, *given, "--batch-size", "7"]) == 0
+    e.out, e.detector = e.run / "results", GaussianAD.load(e.run / "detector.pt")
+    e.metrics, (e.rows, e.found) = read_metrics(e.out), read_scores(e.out)
+    e.samples = gaussad.list_samples(demo[1], "demo", "test")
     with torch.no_grad():
-        images = gaussad.load_images([sample.path for sample in samples], 64)
-        scores, maps = detector.scores_and_maps(images)
-    return SimpleNamespace(
-        out=out,
-        metrics=read_json(out / "metrics.json"),
-        rows=rows,
-        found=found,
-        samples=samples,
-        detector=detector,
-        scores=scores,
-        maps=maps,
-        labels=np.array([sample.defect != "good" for sample in samples]),
-        masks=torch.stack([evaluate.load(sample, [64, 64], True)[3] for sample in samples]),
-    )
+        images = gaussad.load_images([sample.path for sample in e.samples], 64)
+        e.scores, e.maps = e.detector.scores_and_maps(images)
+    e.labels, e.masks = np.array([x.defect != "good" for x in e.samples]), torch.zeros(40, 64, 64)
+    for i in (i for i in range(40) if e.samples[i].mask):
+        e.masks[i] = gaussad.load_mask(e.samples[i].mask, 64)
+    return e
 
 
-def test_train_writes_the_detector_that_the_library_makes_and_its_history(trained, demo):
-    history = read_json(trained / "runs/demo/history.json")
-    content = gaussad.load_plain(trained / "runs/demo/detector.pt")
-    assert content["training"].pop("state") is None and content["training"]["finished"]
-    assert content["training"].items() <= history.items()
+def test_train_writes_what_the_library_makes_bit_for_bit(demo, cli, tmp_path):
+    assert cli("train.py", *demo, *TINY, "--steps", 3, "--runs", tmp_path)[0] == 0
+    assert sorted(os.listdir(tmp_path / "demo")) == ["checkpoint.pt", "detector.pt"]
+    written = gaussad.load_plain(tmp_path / "demo/checkpoint.pt")
+    assert written.keys() == {"settings", "checks", "state"} and written["state"] is None
     paths = [sample.path for sample in gaussad.list_samples(demo[1], "demo", "train")]
-    fit, held_out = map(torch.stack, gaussad.hold_out(gaussad.load_images(paths, 64)))
+    digests = contents(Path(demo[1], "demo/train"))
+    assert written["settings"]["images"] == [digests[path] for path in paths]
+    fit, held_out = (gaussad.load_images(part, 64) for part in gaussad.hold_out(paths))
     torch.manual_seed(0)
     detector = GaussianAD(FeatureExtractor(BACKBONE, [4, 9], "random"))
     checks = gaussad.fine_tune(detector, DataLoader(fit, 16, shuffle=True), held_out, steps=3)
-    for check, written in zip(checks, history["checks"], strict=True):
+    for check, row in zip(checks, written["checks"], strict=True):
         for key in ("step", "loss", "kept", "gain", "standard_error"):
-            assert getattr(check, key) == written[key]
-        assert check.validation.auroc == written["auroc"]
-        assert check.validation.aurocs == written["auroc_per_augmentation"]
-        if check.kept:
-            step, best = check.step, deepcopy(detector.state_dict())
-    assert history["best_step"] == step and best.keys() == content["state"].keys()
-    assert all(torch.equal(best[key], content["state"][key]) for key in best)
+            assert getattr(check, key) == row[key]
+        assert check.validation.auroc == row["auroc"]
+        assert check.validation.aurocs == row["auroc_per_augmentation"]
+    assert_same_bits(GaussianAD.load(tmp_path / "demo/detector.pt"), detector)
 
 
-def test_evaluate_writes_scores_verdicts_and_what_thresholds_give(evaluated, trained):
+def test_finished_run_is_left_alone_and_no_other_without_force(demo, cli, tmp_path):
+    for name in "ac":
+        torch.save(models.get_model(BACKBONE).state_dict(), tmp_path / f"{name}.pth")
+    shutil.copy(tmp_path / "a.pth", tmp_path / "b.pth")
+    photos = shutil.copytree(Path(demo[1], "demo/train/good"), tmp_path / "data/demo/train/good")
+    given = ["train.py", "--data", tmp_path / "data", *demo[2:], *TINY, "--steps", 0]
+    given += ["--runs", tmp_path / "runs", "--weights", tmp_path / "a.pth"]
+    assert cli(*given)[0] == 0
+    folder = tmp_path / "runs/demo"
+    for name in ("results", "scored"):
+        draw(folder / name / "pictures/1.png")
+    before = contents(tmp_path / "runs")
+    same = ["--device auto", f"--data {demo[1]}", "--category demo/", "--category demo demo"]
+    for more in (*same, "--workers 1", f"--weights {tmp_path}/b.pth"):
+        finished = (0, f"{folder} is finished; --force trains anew\n", "")
+        assert cli(*given, *more.split()) == finished, more
+    other = ["seed 1", "lr 1e-3", "steps 1", "patience 2", "batch_size 8", "augmentations scar"]
+    other += ["levels 4", "map_levels 4", "covariance diagonal", "image_size 32"]
+    for more in (*other, f"weights {tmp_path}/c.pth", "backbone resnet18", "images"):
+        if more == "images":
+            draw(photos / "000.png", 9)  # as many as before
+        name, *value = more.split()
+        option = [f"--{name.replace('_', '-')}", *value] if value else []
+        message = rf"{folder} has other settings: {name}( \(.*, now .*\))?; --force"
+        assert_one_line(cli(*given, *option), message)
+    assert contents(tmp_path / "runs") == before
+    assert cli(*given, "--force")[0] == 0
+    after = contents(tmp_path / "runs")
+    assert after.keys() == {folder / "detector.pt", folder / "checkpoint.pt"}
+    assert not after.items() & before.items()
+
+
+def run_until_killed(count, *given):
+    """A run of train.py that is killed when it has written half of its file number `count`."""
+
+    def killed(path, content, whole=Path.write_bytes):
+        nonlocal count
+        count -= 1
+        whole(path, content[: len(content) // (1 if count else 2)])
+        if not count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.write_bytes, gaussad.Validation.gain_over = killed, every_check_gains
+    run("train.py", *given)
+
+
+# Files are written in this order: detector.pt and checkpoint.pt of steps 0, 2, 3; the last one.
+@pytest.mark.parametrize("count, seed, known", [(3, 0, 1), (6, 0, 2), (2, 1, 3)])
+def test_killed_run_ends_in_the_same_bits(count, seed, known, trained, runs, cli, monkeypatch):
+    monkeypatch.setattr(gaussad.Validation, "gain_over", every_check_gains)
+    given = ["--data", trained / "data", "--category", "demo", *TINY, "--steps", 3, "--runs", runs]
+    draw(runs / "demo/results/pictures/1.png")
+    forced = in_a_process(run_until_killed, count, *given, "--seed", seed, "--force")
+    path, before = runs / "demo/checkpoint.pt", []
+    assert forced == -signal.SIGKILL and path.exists() == (seed == 0)
+    if seed == 0:
+        before = gaussad.load_plain(path)["checks"]
+        assert len(before) == known
+    code, output, error = cli("train.py", *given)  # with another seed it was another run
+    assert code == 0 and re.findall(r"(?m)^ +(\d+) ", output) == ["0", "2", "3"], error
+    a, b = (GaussianAD.load(x / "demo/detector.pt") for x in (trained / "runs", runs))
+    assert_same_bits(a, b)
+    assert {x.name for x in path.parent.glob("[!.]*")} == {"detector.pt", "checkpoint.pt"}
+    expected, found = (gaussad.load_plain(x) for x in (trained / "runs/demo/checkpoint.pt", path))
+    assert found["checks"][: len(before)] == before  # their seconds, too
+    for check in expected["checks"] + found["checks"]:
+        del check["seconds"]
+    assert expected == found
+
+
+def test_run_that_is_interrupted_says_where_it_goes_on(demo, cli, tmp_path, monkeypatch):
+    def interrupted(*arguments, whole=gaussad.fine_tune, **options):
+        yield from itertools.islice(whole(*arguments, **options), n)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gaussad, "fine_tune", interrupted)
+    given, n = [*demo, "--runs", tmp_path], 0
+    for step in ("the beginning", "step 2"):
+        code, _, error = cli("train.py", *given, *TINY)
+        assert code == 130 and error.endswith(f"without --force goes on from {step}\n")
+        n = 2
+    code, output, error = cli("evaluate.py", *given)  # with the detector so far
+    assert code == 0 and "Training is not finished." in output, error
+
+
+def test_run_that_diverges_ends_in_one_line_and_the_kept_detector_stays(demo, cli, tmp_path):
+    given = ["train.py", *demo, *TINY, "--steps", 4, "--lr", 1e30, "--runs", tmp_path]
+    assert_one_line(cli(*given), "demo: .*not finite: lower the learning rate")
+    before = contents(tmp_path)
+    assert_one_line(cli(*given), "not finite")  # it is resumed, and diverges again
+    assert contents(tmp_path) == before
+    assert cli("evaluate.py", *demo, "--runs", tmp_path)[0] == 0
+
+
+def test_evaluate_writes_scores_verdicts_and_what_thresholds_give(evaluated):
     e = evaluated
     expected = [e.detector.anomaly_score(e.scores, e.maps), e.scores, e.maps.amax((1, 2))]
     assert relative(e.found, torch.stack(expected, 1)) < 1e-5
@@ -1005,30 +1125,26 @@ def test_evaluate_writes_scores_verdicts_and_what_thresholds_give(evaluated, tra
     assert [row["verdict"] == "anomalous" for row in e.rows] == above.tolist()
     for defect, rate in e.metrics["miss_rate_per_defect"].items():
         assert rate == np.mean([not x for x, s in zip(above, e.samples) if s.defect == defect])
-    content = (trained / "runs/demo/detector.pt").read_bytes()
-    assert e.metrics["detector_sha256"] == hashlib.sha256(content).hexdigest()
-    assert e.metrics["backbone"] == BACKBONE and e.metrics["image_size"] == [64, 64]
+    expected = {"detector_sha256": contents(e.run)[e.run / "detector.pt"], "backbone": BACKBONE}
+    expected |= {"image_size": [64, 64], "best_step": 3, "expected_false_alarms": 0.1}
+    expected |= {"checks": gaussad.load_plain(e.run / "checkpoint.pt")["checks"]}
+    expected |= {"n_normal": 16, "n_anomalous": 24, "n_without_mask": 1}
+    assert e.metrics.items() >= expected.items() and e.metrics.keys() >= {"date", "detector"}
 
 
-def test_words_count_what_is_found_missed_and_rejected(evaluated):
-    e, sample = evaluated, lambda defect: gaussad.Sample(Path("x"), defect, None)
+def test_words_count_what_is_found_missed_and_rejected():
     verdicts = {"good": [1, 0, 0], "cut": [1, 0, 0, 1], "dent": [0], "hole": [1]}
-    images = [
-        evaluate.Scored(sample(kind), kind != "good", None, None, above, 0, 0, None, 0.5, [])
-        for kind, scores in verdicts.items()
-        for above in scores
-    ]
+    samples = [gaussad.Sample(Path("x"), kind, None) for kind in verdicts for _ in verdicts[kind]]
+    scores = torch.tensor([[above, 0, 0] for kind in verdicts for above in verdicts[kind]])
     metrics = {"expected_false_alarms": 0.05, "at_false_alarms": {"0.1": {"miss_rate": 1 / 3}}}
-    words = evaluate.in_words(images, metrics)
-    for part in (
-        "3 of 6 defective",
-        "1 of 3 good",
-        "at 5 %",
-        "2 of 4 cut, 1 of 1 dent",
-        "10 % expected, 2 ",
-    ):
-        assert part in words
-    assert "missed" not in evaluate.in_words(images[:1], e.metrics)
+    metrics |= {"n_anomalous": 6, "n_normal": 3, "training_finished": True}
+    found = evaluate.Scored(samples, [], scores, {}, 0.5, [])
+    assert evaluate.in_words(found, metrics) == (
+        "3 of 6 defective images found, 1 of 3 good ones rejected, at 5 % expected false alarms; "
+        "missed: 2 of 4 cut, 1 of 1 dent; with 10 % expected, 2 would be missed."
+    )
+    words = evaluate.in_words(found._replace(scores=1 + scores), metrics)
+    assert words.startswith("6 of 6 defective images found, 3 of 3 ") and "missed" not in words
 
 
 def test_aurocs_of_evaluate_are_scikit_learns(evaluated):
@@ -1040,128 +1156,202 @@ def test_aurocs_of_evaluate_are_scikit_learns(evaluated):
         chosen = np.array([sample.defect in ("good", defect) for sample in e.samples])
         expected = auroc(e.labels[chosen], e.found[chosen, 0])
         assert value == pytest.approx(expected, abs=1e-12)
-    known = [i for i, sample in enumerate(e.samples) if sample.mask or sample.defect == "good"]
+    known = e.masks.any((1, 2)).numpy() | ~e.labels
     maps, masks = e.maps[known], e.masks[known]
     expected = auroc(masks.flatten(), maps.flatten())
-    assert len(known) == 39 and e.metrics["pixel_auroc"] == pytest.approx(expected, abs=1e-6)
+    assert known.sum() == 39 and e.metrics["pixel_auroc"] == pytest.approx(expected, abs=1e-6)
     assert e.metrics["aupro"] == pytest.approx(gaussad.aupro(maps, masks), abs=1e-4)
 
 
-def test_report_and_pictures_show_the_figures_and_the_regions_true_and_predicted(evaluated):
-    e, folder = evaluated, evaluated.out / "pictures"
-    page = (e.out / "report.html").read_text(encoding="utf-8")
+def test_report_shows_figures_pictures_and_a_histogram_with_the_threshold(evaluated):
+    e, page = evaluated, (evaluated.out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"http|<script|<link|src=\"(?!data:)", page)  # needs no other file
-    assert all(f"{100 * e.metrics[key]:.1f} %" in page for key in evaluate.FIGURES)
-    right = [(row["verdict"] == "anomalous") == (row["label"] == "1") for row in e.rows]
-    kinds = [right[:16].count(True), right[:16].count(False)]  # the first 16 are good
-    kinds += [right[16:].count(True), right[16:].count(False)]
-    assert page.count("<img ") == sum(min(evaluate.SHOWN, n) for n in kinds)
-    assert len(os.listdir(folder)) == 40
-    i = max(range(16, 40), key=lambda i: e.maps[i].max())
-    name = f"{i + 1:03d}_{e.samples[i].defect}_{e.samples[i].path.name}"
-    picture = np.asarray(Image.open(folder / name))
-    plain, painted = picture[:, :64], picture[:, -64:]
-    assert (plain == np.asarray(Image.open(e.samples[i].path).convert("RGB"))).all()
-    predicted = e.maps[i] > gaussad.tail_quantile(e.detector.held_out_scores[:, 1], 0.9)
-    for colour, region in ((evaluate.TRUE, e.masks[i]), (evaluate.PREDICTED, predicted)):
-        outline = (painted == colour).all(-1)
-        assert outline.any() and not (outline & ~region.numpy()).any()
+    assert all(f"<b>{e.metrics[key]:.1%}</b>" in page for key in evaluate.FIGURES)
+    kinds = Counter((row["verdict"], row["label"]) for row in e.rows)
+    assert page.count("<img ") == sum(min(evaluate.SHOWN, n) for n in kinds.values())
+    missed = [i for i in e.found[:, 0].argsort() if e.labels[i]][0]  # worst first
+    assert page.index(f"{e.samples[missed].path.name}: normal") == page.index(": normal") - 7
+    threshold = e.metrics["threshold"]
+    low, high = (extreme([*e.found[:, 0], threshold]) for extreme in (min, max))
+    line, right = map(float, re.search(r"M([\d.]+) 10V210M50 10V210H(\d+)", page).groups())
+    place = (line - 50) / (right - 50) * (high - low) + low
+    assert place == pytest.approx(threshold, abs=(high - low) / 3000)
+    bars = [float(x) for x in re.findall(r"<rect .*?height=(\S+)", page)]
+    groups = [e.found[e.labels == label, 0] for label in (False, True)]
+    counts = np.concatenate([np.histogram(x, 40, (low, high))[0] for x in groups])
+    assert relative(bars, counts * max(bars) / max(counts)) < 1e-2
 
 
-def run_until_killed(*given):
-    """A run of train.py that is killed after its second check is written."""
-
-    def killed(*arguments, whole=gaussad.fine_tune, **options):
-        for check in whole(*arguments, **options):
-            if check.step > 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield check
-
-    gaussad.fine_tune = killed
-    run("train.py", *given)
+def edge(region):
+    """The pixels of a region (H, W) that are at most two from one that is outside."""
+    inner = np.pad(region, 2, constant_values=True)
+    shifts = itertools.product(range(5), repeat=2)
+    return region & ~np.all([inner[i : i + 64, j : j + 64] for i, j in shifts], axis=0)
 
 
-def test_run_that_is_killed_is_resumed_to_the_same_bits(trained, demo, cli, tmp_path):
-    fcntl = pytest.importorskip("fcntl")
-    given = ["--data", trained / "data", *demo[2:], *TINY, "--steps", 3, "--out", tmp_path]
-    process = multiprocessing.get_context("forkserver").Process(target=run_until_killed, args=given)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    before = gaussad.load_plain(tmp_path / "detector.pt")["training"]["checks"]
-    code, output, error = cli("evaluate.py", *demo, "--out", tmp_path)
-    assert code == 0 and "is not finished" in output, error
-    with (tmp_path / ".lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert_one_line(cli("train.py", *given), "another train.py is running in")
-    (tmp_path / ".detector.pt.123.part").touch()  # of a kill at another moment
-    code, output, _ = cli("train.py", *given)
-    assert code == 0 and re.findall(r"(?m)^ +(\d+) ", output) == ["0", "2", "3"]
-    assert "resumed from step 2" in output and not list(tmp_path.glob(".*.part"))
-    a, b = (gaussad.load_plain(path / "detector.pt") for path in (trained / "runs/demo", tmp_path))
-    assert all(torch.equal(a["state"][key], b["state"][key]) for key in a["state"])
-    assert b["training"]["checks"][: len(before)] == before  # their seconds, too
-    for check in a["training"]["checks"] + b["training"]["checks"]:
-        del check["seconds"]
-    assert a["training"] == b["training"]
+def test_pictures_sort_as_the_scores_and_outline_true_and_predicted_regions(evaluated):
+    e, names = evaluated, sorted(os.listdir(evaluated.out / "pictures"))
+    limit = gaussad.tail_quantile(e.detector.held_out_scores[:, 1], 0.9)
+    for name, sample, heat, mask in zip(names, e.samples, e.maps, e.masks, strict=True):
+        picture = np.asarray(Image.open(e.out / "pictures" / name))
+        plain, painted = picture[:, :64], picture[:, -64:]
+        assert (plain == np.asarray(Image.open(sample.path).convert("RGB"))).all()
+        true, predicted = edge(mask.numpy() > 0), edge(heat.numpy() > limit)
+        assert ((painted == evaluate.TRUE).all(-1) == true).all()
+        assert ((painted == evaluate.PREDICTED).all(-1) == predicted & ~true).all()
 
 
-def test_run_that_is_interrupted_says_where_it_goes_on(demo, cli, tmp_path, monkeypatch):
-    def interrupted(*arguments, whole=gaussad.fine_tune, **options):
-        yield next(whole(*arguments, **options))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(gaussad, "fine_tune", interrupted)
-    code, _, error = cli("train.py", *demo, *TINY, "--out", tmp_path)
-    assert code == 130 and error.endswith("the same command goes on from step 0\n")
-
-
-def test_finished_run_is_left_alone_and_every_other_setting_is_another_run(demo, cli, tmp_path):
-    torch.save(models.get_model(BACKBONE).state_dict(), tmp_path / "a.pth")
-    shutil.copy(tmp_path / "a.pth", tmp_path / "b.pth")  # by another name it is the same run
-    shutil.copytree(Path(demo[1], "demo/train"), tmp_path / "demo/train")
-    given = ["--data", tmp_path, "--category", "demo", *TINY, "--steps", 0, "--out", tmp_path]
-    for more, finished in (
-        (["--device", "cpu"], False),
-        (["--device", "auto"], True),
-        (demo[:2], True),  # the same images elsewhere
-        (["--force"], False),
-        (["--weights", tmp_path / "a.pth"], False),
-        (["--weights", tmp_path / "b.pth"], True),
-        (["--seed", 1], False),
-    ):
-        code, output, error = cli("train.py", *given, *more)
-        assert code == 0 and ("is finished" in output) == finished, error
-    draw(tmp_path / "demo/train/good/000.png", 9)  # another photo in place of one
-    assert "is finished" not in cli("train.py", *given)[1]
+def test_evaluation_that_fails_leaves_the_old_results(runs, demo, cli, tmp_path, monkeypatch):
+    shutil.copytree(demo[1], tmp_path / "data")
+    given = ["--data", tmp_path / "data", *demo[2:], "--runs", runs]
+    stain, normal = tmp_path / "data/demo/test/stain", tmp_path / "data/demo/train/good"
+    assert cli("evaluate.py", *given, "--pictures")[0] == 0
+    assert cli("evaluate.py", *given[2:], "--images", stain, "--pictures")[0] == 0
+    before = contents(runs)
+    with monkeypatch.context() as patch:
+        patch.setattr(gaussad, "aupro", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert cli("evaluate.py", *given)[0] == 130
+    os.truncate(stain / "007.png", 200)  # the last one
+    assert_one_line(cli("evaluate.py", *given, "--batch-size", 9), "cannot read .*stain/007.png")
+    os.truncate(normal / "003.png", 200)
+    assert_one_line(cli("train.py", *given, *TINY, "--force"), "cannot read .*good/003.png")
+    assert contents(runs) == before
+    assert cli("evaluate.py", *given[2:], "--images", normal / "000.png")[0] == 0
+    names = {path.name for path in contents(runs / "demo/scored")}  # no picture of before
+    assert names == {"metrics.json", "scores.csv", "report.html"}
 
 
-def test_run_that_diverges_ends_in_one_line_with_the_best_detector_saved(demo, cli, tmp_path):
-    given = ["train.py", *demo, *TINY, "--steps", 4, "--lr", 1e30, "--out", tmp_path]
-    for _ in range(2):  # it is resumed, and diverges again
-        assert_one_line(cli(*given), "not finite: lower the learning rate")
-        history = read_json(tmp_path / "history.json")
-        assert not history["finished"] and history["best_step"] == 0
-    assert GaussianAD.load(tmp_path / "detector.pt").threshold() > 0
+def test_two_evaluations_at_once_leave_the_results_of_one(runs, demo, cli, monkeypatch):
+    place, given, others = runs / "demo/results", ["evaluate.py", *demo, "--runs", runs], []
+
+    def replace(source, target, whole=os.replace):
+        """Let another evaluation end before results are replaced, and while there are none."""
+        if Path(target) == place and len(others) < 2 and place.exists() == (not others):
+            others.append(in_a_process(run, *given, "--false-alarms", f"0.{2 + len(others)}"))
+        whole(source, target)
+
+    assert cli(*given, "--pictures")[0] == 0
+    monkeypatch.setattr(os, "replace", replace)
+    assert cli(*given, "--false-alarms", 0.1)[0] == 0 and others == [0, 0]
+    metrics, (rows, found) = read_metrics(place), read_scores(place)
+    above = found[:, 0] > metrics["threshold"]
+    assert [row["verdict"] == "anomalous" for row in rows] == above.tolist()
+    rate = f"at {100 * metrics['expected_false_alarms']:.0f} % expected false alarms"
+    assert rate in (place / "report.html").read_text()
+    assert sorted(os.listdir(place)) == ["metrics.json", "report.html", "scores.csv"]
+    assert sorted(os.listdir(place.parent)) == ["checkpoint.pt", "detector.pt", "results"]
 
 
-def test_results_of_an_earlier_detector_and_old_pictures_are_removed(demo, trained, tmp_path):
-    shutil.copytree(trained / "runs/demo", tmp_path / "run")
-    (tmp_path / "run/pictures").mkdir()
-    (tmp_path / "run/pictures/mine.png").touch()
-    given = [*demo, "--out", str(tmp_path / "run")]
-    assert evaluate.main([*given, "--pictures"]) == 0
-    old = tmp_path / "run/pictures/999_good_old.png"
-    old.touch()
-    assert evaluate.main([*given, "--pictures"]) == 0 and not old.exists()
-    assert len(os.listdir(tmp_path / "run/pictures")) == 41
-    model = ["--model", str(tmp_path / "run/detector.pt"), "--pictures"]
-    assert evaluate.main([*model, "--images", str(Path(demo[1], "demo/test/stain"))]) == 0
-    assert evaluate.main([*model[:2], "--images", str(Path(demo[1], "demo/test/good"))]) == 0
-    assert not os.listdir(tmp_path / "run/scored/pictures")
-    assert train.main([*given, *TINY, "--steps", "0"]) == 0
-    left = {path.name for path in (tmp_path / "run").rglob("*")}
-    assert left == {".lock", "detector.pt", "history.json", "pictures", "mine.png", "scored"}
+def test_inbox_that_is_emptied_ends_in_a_report_of_what_was_read(runs, cli, tmp_path, monkeypatch):
+    paths = [draw(tmp_path / f"inbox/{i}.png", i) for i in range(8)]
+
+    def load(path, size, whole=gaussad.load_image):
+        for other in {*paths} - {path}:
+            other.unlink(missing_ok=True)
+        return whole(path, size)
+
+    monkeypatch.setattr(gaussad, "load_image", load)
+    given = ["--category", "demo", "--runs", runs, "--images", tmp_path / "inbox", "--workers", 1]
+    code, output, error = cli("evaluate.py", *given)
+    assert code == 2 and len(re.findall("(?m)^.*cannot read .*inbox", error)) == 7
+    assert "7 images could not be read." in output
+    assert [row["path"] for row in read_scores(runs / "demo/scored")[0]] == [str(paths[0])]
+    assert read_metrics(runs / "demo/scored")["n_unreadable"] == 7
+
+
+def run_without_reader(at_once, errors, *given):
+    """Run a script whose output nobody reads: the pipe breaks at once, or when it is flushed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout = open(1, "w", buffering=1 if at_once else -1, closefd=False)  # noqa: SIM115
+    run(*given)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_closed_pipe_loses_no_results(at_once, trained, runs, demo, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(Path(demo[1], "demo/test"), tmp_path / "data" / name / "test")
+        shutil.copytree(runs / "demo", runs / name)
+    given = ["evaluate.py", "--data", tmp_path / "data", "--category", "all"]
+    finished = ["train.py", "--data", trained / "data", *demo[2:], *TINY, "--steps", 3]
+    for script in (given, finished):
+        in_a_process(run_without_reader, at_once, tmp_path / "errors", *script, "--runs", runs)
+        assert not re.search("Error|Traceback|Exception", (tmp_path / "errors").read_text())
+    assert re.search("\na,.*\nb,.*\nmean,", (runs / "results.csv").read_text())
+    assert (runs / "b/results/report.html").exists()
+
+
+def test_next_batch_is_decoded_while_one_is_scored_but_no_more(runs, demo, cli, monkeypatch):
+    read, ahead = [], []
+
+    def load(path, size, whole=gaussad.load_image):
+        read.append(path)
+        return whole(path, size)
+
+    def scores_and_maps(self, images, whole=GaussianAD.scores_and_maps):
+        before, end = 8 * len(ahead), time.monotonic() + 10
+        while len(read) < min(40, before + 16) and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.05)  # to read on, if anything does
+        ahead.append(len(read) - before)
+        return whole(self, images)
+
+    monkeypatch.setattr(gaussad, "load_image", load)
+    monkeypatch.setattr(GaussianAD, "scores_and_maps", scores_and_maps)
+    assert cli("evaluate.py", *demo, "--runs", runs, "--batch-size", 8, "--workers", 3)[0] == 0
+    assert ahead == [16, 16, 16, 16, 8]
+
+
+def test_contradictions_in_a_data_set_are_told_with_their_count(demo, runs, cli, tmp_path):
+    root = shutil.copytree(Path(demo[1], "demo"), tmp_path / "demo")
+    test, truth = root / "test", root / "ground_truth"
+    for i in range(5):
+        shutil.copy(root / f"train/good/{i:03d}.png", test / f"good/{i:03d}.png")
+    for i in range(2):
+        shutil.copy(test / f"stain/{i:03d}.png", test / f"scratch/again{i}.png")
+        draw(truth / f"scratch/again{i}_mask.png", 255)  # as some of transistor's: all of it
+    shutil.copy(test / "scratch/000.png", test / "scratch/001.jpg")
+    for path in (truth / "good/000_mask.png", test / "stain/000_mask.png"):
+        draw(path)
+    (test / "dent/deep").mkdir(parents=True)
+    given = ["evaluate.py", "--category", "demo", "--runs", runs, "--data", tmp_path]
+    with pytest.warns() as told:
+        assert cli(*given)[0] == 0
+    assert [re.sub(r"demo: |[;:] .*|\.$| and is.*", "", str(x.message)) for x in told] == [
+        f"{test}/dent is empty and left out",
+        "2 images share the mask of another of the same name",
+        "5 of these images were trained on",
+        "pixel figures leave out 1 images whose mask is missing or empty",
+        "1 masks of good images are ignored",
+        "1 masks lie among the images and are scored",
+        "2 images lie in a second folder of test/, too",
+    ]
+    assert len(read_scores(runs / "demo/results")[0]) == 44
+    for path in truth.glob("*/00?_mask.png"):
+        Image.eval(Image.open(path).convert("L"), lambda value: 255 - value).save(path)
+    with pytest.warns(match=r"demo: 2\d of 2\d masks mark more than half .*are they inverted\?"):
+        assert cli(*given)[0] == 0
+    with pytest.warns(match="demo: 48 of these images were trained on"):
+        assert cli(*given[:-2], "--images", root / "train")[0] == 0
+    Image.new("L", (64, 32), 255).save(truth / "stain/001_mask.png")
+    message = "stain/001_mask.png: the mask is 64 x 32, the image 64 x 64"
+    assert_one_line(cli(*given), message)
+
+
+def test_black_frame_among_the_normal_images_is_named_once(demo, cli, tmp_path, monkeypatch):
+    photos = shutil.copytree(Path(demo[1], "demo/train/good"), tmp_path / "photos")
+    black, paths = draw(photos / "005.png", 0), gaussad.list_images([photos])
+    seed = next(i for i in itertools.count() if black in gaussad.hold_out(paths, i)[1])
+    monkeypatch.setattr(gaussad.Validation, "gain_over", every_check_gains)
+    given = ["--normal", photos, "--category", "mine", "--runs", tmp_path, "--seed", seed]
+    with pytest.warns() as told:
+        assert cli("train.py", *given, *TINY, "--steps", 3)[0] == 0
+    told = [str(x.message) for x in told if "held-out" in str(x.message)]
+    times = re.match(rf"held-out {black} scores (.*) times the median of held-out images", *told)[1]
+    assert float(times) > 2.5
+    assert len(GaussianAD.load(tmp_path / "mine/detector.pt").held_out_scores) == 15
 
 
 def test_several_categories_shared_by_torchrun_are_tabulated_though_one_fails(demo, cli, tmp_path):
@@ -1171,221 +1361,208 @@ def test_several_categories_shared_by_torchrun_are_tabulated_though_one_fails(de
     for lacking in ("test/good", "test/stain", "ground_truth"):
         shutil.rmtree(tmp_path / "data/disc" / lacking)
     draw(tmp_path / "data/disc/ground_truth/scratch/003_mask.png", 0)
-    given = ["--data", str(tmp_path / "data"), "--category", "all", "--out", str(tmp_path / "runs")]
+    given = ["--data", str(tmp_path / "data"), "--runs", str(tmp_path), "--category", "all"]
     options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
     launch = LaunchConfig(1, 1, 2, start_method="forkserver", **options)
     with pytest.raises(ChildFailedError) as failed:  # once the other one is done
         elastic_launch(launch, run)("train.py", *given, *TINY, "--steps", "2")
     assert {rank: failure.exitcode for rank, failure in failed.value.failures.items()} == {1: 2}
-    with pytest.warns(UserWarning, match="disc: no good test images"):
-        code, _, error = cli("evaluate.py", *given)
-    assert code == 2 and "no detector of 'empty' in" in error
-    tmp_path /= "runs"
-    disc, plate = (read_json(tmp_path / name / "metrics.json") for name in ("disc", "plate"))
+    with pytest.warns(match="disc: no good test images"):
+        code, output, error = cli("evaluate.py", *given)
+    assert code == 2 and re.search("no detector .*empty/detector.pt; there are: disc, pl", error)
+    disc, plate = (read_metrics(tmp_path / name / "results") for name in ("disc", "plate"))
     assert disc["image_auroc_both"] is disc["pixel_auroc"] is disc["false_alarm_rate"] is None
     assert disc["n_without_mask"] == 16 and plate["n_without_mask"] == 1
-    _, mean, error = read_json(tmp_path / "results.json").values()
-    assert mean["aupro"] == plate["aupro"] and error["aupro"] is None
-    values = [disc["miss_rate"], plate["miss_rate"]]
-    assert mean["miss_rate"] == pytest.approx(np.mean(values))
-    assert error["miss_rate"] == pytest.approx(np.std(values, ddof=1) / np.sqrt(2))
-    rows = list(csv.reader((tmp_path / "results.csv").read_text().splitlines()))
-    assert [row[0] for row in rows[1:]] == ["disc", "plate", "mean", "standard_error"]
-    assert float(rows[2][1]) == plate[rows[0][1]]
-    assert "href='plate/report.html'" in (tmp_path / "results.html").read_text()
-    (tmp_path / "results.csv").unlink()
-    (tmp_path / "plate/metrics.json").unlink()  # as one of several, and by the folder of all
-    assert cli("evaluate.py", *given[:2], "--category", "plate", "--out", tmp_path)[0] == 0
-    assert read_json(tmp_path / "plate/metrics.json") | {"date": 0} == plate | {"date": 0}
-    assert cli("evaluate.py", *given[:4], "--model", tmp_path)[0] == 2
-    assert (tmp_path / "results.csv").exists()
+    before = (tmp_path / "results.csv").read_text()
+    rows = {row["category"]: row for row in csv.DictReader(before.splitlines())}
+    assert [*rows] == ["disc", "plate", "mean", "standard_error"]
+    assert float(rows["plate"]["aupro"]) == float(rows["mean"]["aupro"]) == plate["aupro"]
+    assert rows["disc"]["aupro"] == rows["standard_error"]["aupro"] == ""
+    misses = [disc["miss_rate"], plate["miss_rate"]]
+    assert float(rows["mean"]["miss_rate"]) == pytest.approx(np.mean(misses))
+    error = np.std(misses, ddof=1) / np.sqrt(2)
+    assert float(rows["standard_error"]["miss_rate"]) == pytest.approx(error)
+    assert re.search(rf"(?m)^mean .* {np.mean(misses):.3f} ", output)
+    assert cli("evaluate.py", *given[:-1], "plate")[0] == 0
+    assert (tmp_path / "results.csv").read_text() == before  # one category is no table
 
 
 def test_own_images_by_any_name_are_trained_on_and_scored_but_for_one(demo, cli, tmp_path):
     images, stain = tmp_path / "images", Path(demo[1], "demo/test/stain/000.png")
     shutil.copytree(Path(demo[1], "demo/train/good"), images / "in a folder")
     names = ["new\nline größe 寸法.png", "not_text_\udcff.png", "UPPER.PNG", f"{240 * 'n'}.png"]
-    for i, name in enumerate(names):
-        draw(images / name, i)
-    draw(images / "copy.png", 0)
+    for i, name in enumerate([*names, "copy.png"]):
+        draw(images / name, 40 + i % 4)
     (images / "dangling.png").symlink_to("nowhere")
     (images / "._003.png").write_text("not an image")
     names += ["copy.png", *(f"{i:03d}.png" for i in range(48)), stain.name]
-    given = ["train.py", "--normal", images, "--out", tmp_path / "run", *TINY, "--steps", 0]
-    with pytest.warns(UserWarning) as told:
-        assert cli(*given)[0] == 0
+    common = ["--category", "mine größe", "--runs", tmp_path]
+    given = ["train.py", "--normal", images, *common, *TINY, "--steps", 0]
+    with pytest.warns() as told:
+        code, output, error = cli(*given)
+    assert code == 0 and "evaluate.py --images PATH --category 'mine größe' --runs" in output, error
     told = str([*map(str, told)])
     assert re.search("skipped 1 .*dangling.* as normal: ., in a folder.*1 of 53 .* copies", told)
-    result = cli("train.py", "--normal", demo[1], "--out", tmp_path / "run")
-    assert_one_line(result, "looks like a data set: give --data")
     (images / "br\noken_\udcff.png").touch()
-    assert_one_line(cli(*given), "cannot read .*br oken_")
-    given = ["evaluate.py", "--model", tmp_path / "run/detector.pt", "--images"]
+    assert_one_line(cli(*given, "--force"), "cannot read .*br oken_")
+    given, folder = ["evaluate.py", *common, "--images"], tmp_path / "mine größe/scored"
     result = cli(*given, images, stain, stain, "--pictures")
     assert_one_line(result, "cannot read .*br oken_")
-    rows, found = read_scores(tmp_path / "run/scored")
+    rows, found = read_scores(folder)
     assert sorted(Path(row["path"]).name for row in rows) == sorted(names)
-    assert len(os.listdir(tmp_path / "run/scored/pictures")) == len(names)
+    assert len(os.listdir(folder / "pictures")) == len(names)
     assert re.search(rf"{found[-1, 0]:.2f} +{rows[-1]['verdict']} +{stain}\n", result[1])
     printed = [float(x) for x in re.findall(r"(?m)^ *(-?\d+\.\d\d) (?:normal|anom)", result[1])]
-    assert printed == sorted(printed, reverse=True)  # the worst first
+    assert printed == sorted(printed, reverse=True) and len(printed) == len(names)
     n = sum(row["verdict"] == "anomalous" for row in rows)
-    assert f"{n} of {len(names)} images are called anomalous" in result[1]
-    cli(*given, images / "br\noken_\udcff.png")
-    assert len(read_scores(tmp_path / "run/scored")[0]) == len(names)  # and not lost
+    words, page = f"{n} of {len(names)} images are called anomalous", folder / "report.html"
+    assert words in result[1] and words in page.read_text()
+    assert page.read_bytes().count(b"<img ") == evaluate.SHOWN
+    before = contents(folder)
+    assert cli(*given, images / "br\noken_\udcff.png")[0] == 2 and contents(folder) == before
 
 
-def test_network_of_a_python_file_and_a_detector_that_is_not_square(demo, cli, tmp_path):
-    file, name = tmp_path / "network.py", f"{gaussad.__name__}, torch, test_gaussad"
-    file.write_text(
-        f"import {name}\ntorch.manual_seed(1)\nstages = test_gaussad.own_stages()\n"
-        "mean, std = [0.5] * 3, [0.2] * 3\n"
+def test_network_of_a_python_file_imports_its_neighbour(demo, runs, cli, tmp_path):
+    file = tmp_path / "network.py"
+    (tmp_path / "my_layers.py").write_text(
+        "from torch import manual_seed, nn\nmanual_seed(1)\nsizes = (3, 8), (8, 12), (12, 16)\n"
+        "stages = [nn.Sequential(nn.Conv2d(*x, 5, 2, 2), nn.ReLU()) for x in sizes]\n"
     )
-    given = [*demo, "--out", tmp_path / "run", "--backbone", file]
+    file.write_text("from my_layers import stages\nmean, std = [0.5] * 3, [0.2] * 3\n")
+    given = [*demo, "--runs", tmp_path, "--backbone", file]
     code, output, error = cli("train.py", *given, "--image-size", 64, "--steps", 2)
     assert code == 0, error
     command = re.search("python (evaluate.py .*)", output)[1].split()  # what it says to do next
-    assert cli(*command)[0] == 0 and command[-1] == str(file)
+    assert str(file) in command and cli(*command)[0] == 0
     assert_one_line(cli("evaluate.py", *given[:-2]), "your own network: give its extractor")
+    file.write_text("stages = [1 / 0]")
+    for script, more in (("train.py", ["--force"]), ("evaluate.py", [])):
+        code, _, error = cli(script, *given, *more, "--category", "demo", "more")
+        lines = (
+            f"{script}: error: demo: cannot run {file}: ZeroDivisionError: .*\n.*error: more: .*\n"
+        )
+        assert code == 2 and re.fullmatch(lines, error), error
+
+
+def test_detector_of_images_that_are_not_square_is_used(demo, runs, cli):
     paths = [sample.path for sample in gaussad.list_samples(demo[1], "demo", "train")]
     images = torch.stack([gaussad.load_image(path, (64, 128)) for path in paths])
     detector = GaussianAD(FeatureExtractor(BACKBONE, [4, 9], "random"))
-    detector.fit_and_calibrate([images[:32]], images[32:]).save(tmp_path / "wide.pt")
-    code, _, error = cli("evaluate.py", *demo, "--model", tmp_path / "wide.pt", "--out", tmp_path)
-    assert code == 0 and read_json(tmp_path / "metrics.json")["image_size"] == [64, 128], error
+    detector.fit([images[:32]]).calibrate(images[32:]).save(runs / "demo/detector.pt")
+    assert cli("evaluate.py", *demo, "--runs", runs)[0] == 0
+    assert read_metrics(runs / "demo/results")["image_size"] == [64, 128]
 
 
-def test_masks_that_contradict_their_images_are_told(demo, trained, cli, tmp_path):
-    shutil.copytree(Path(demo[1], "demo"), tmp_path / "demo")
-    truth = tmp_path / "demo/ground_truth"
-    for i in range(2):
-        path = truth / f"scratch/{i:03d}_mask.png"
-        Image.fromarray(255 - np.asarray(Image.open(path).convert("L"))).save(path)
-    draw(truth / "good/000_mask.png", 255)
-    draw(tmp_path / "demo/test/stain/000_mask.png", 255)
-    given = ["--data", tmp_path, "--category", "demo", "demo", "--out", tmp_path / "out"]
-    with pytest.warns(UserWarning) as told:
-        code, _, error = cli("evaluate.py", *given, "--model", trained / "runs")
-    assert code == 0, error
-    told = [str(warning.message) for warning in told]
-    for expected in (
-        "2 masks mark more",
-        "1 masks of good images are ignored",
-        "1 masks lie among",
-    ):
-        assert sum(expected in message for message in told) == 1, told
-    Image.new("L", (64, 32), 255).save(truth / "stain/001_mask.png")
-    result = cli("evaluate.py", *given, "--model", trained / "runs")
-    assert_one_line(result, "stain/001_mask.png: the mask is 64 x 32, the image 64 x 64")
+def test_warning_that_is_made_an_error_is_one_line(demo, runs, cli, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as python -W error
+        result = cli("train.py", *demo, *TINY, "--runs", tmp_path / "new")
+        assert_one_line(result, "^train.py: error: demo: only 32 images to fit")
+        result = cli("evaluate.py", *demo, "--runs", runs)
+        assert_one_line(result, "^evaluate.py: error: demo: .*pixel figures leave out 1 images")
+    assert len(contents(tmp_path)) == 2  # nothing is written
 
 
-def test_scores_that_are_not_finite_are_no_verdict(demo, trained, cli, tmp_path):
-    content = gaussad.load_plain(trained / "runs/demo/detector.pt")
-    for key in ("held_out_scores", "extractor.mean"):
-        altered = {**content, "state": {**content["state"]}}
-        altered["state"][key] = torch.full_like(content["state"][key], torch.nan)
-        gaussad.save_plain(altered, tmp_path / "nan.pt")
-        given = ["--images", demo[1], "--model", tmp_path / "nan.pt", "--out", tmp_path / "out"]
-        given[1] = Path(demo[1], "demo/test/stain")
-        assert_one_line(cli("evaluate.py", *given), "not finite: .*nan.pt")
-        assert not (tmp_path / "out").exists()
+def test_scores_that_are_not_finite_are_no_verdict(demo, runs, cli):
+    path = runs / "demo/detector.pt"
+    content = gaussad.load_plain(path)
+    network = {**content["network"], "mean": torch.full((3, 1, 1), torch.nan)}
+    for nan in ({"held_out_scores": torch.full((16, 2), torch.nan)}, {"network": network}):
+        gaussad.save_plain({**content, **nan}, path)
+        assert_one_line(cli("evaluate.py", *demo, "--runs", runs), "NaN")
+        assert not (path.parent / "results").exists()
 
 
-def test_demo_ends_in_a_detector_better_than_chance(tmp_path):
-    given = ["--demo", "--image-size", "64", "--steps", "0"]
-    assert train.main([*given, "--out", str(tmp_path)]) == 0
-    assert read_json(tmp_path / "metrics.json")["image_auroc_both"] > 0.7
+def test_demo_ends_in_a_detector_better_than_chance(cli, tmp_path):
+    given = ["--demo", "--image-size", "64", "--steps", "0", "--runs", tmp_path]
+    assert cli("train.py", *given)[0] == 0
+    assert read_metrics(tmp_path / "demo/results")["image_auroc_both"] > 0.7
 
 
 @pytest.fixture(scope="module")
-def broken(demo, tmp_path_factory):
+def broken(demo, trained, tmp_path_factory):
     """A folder of what can be wrong with data, weights and runs."""
     root = tmp_path_factory.mktemp("broken")
     (root / "empty/train/good").mkdir(parents=True)
     shutil.copytree(Path(demo[1], "demo/train"), root / "truncated/train")
     os.truncate(root / "truncated/train/good/003.png", 200)
+    shutil.copytree(Path(demo[1], "demo/test/good"), root / "photos/good")
     torch.save(models.get_model(BACKBONE).state_dict(), root / "weights.pth")
     (root / "file").write_text("of text")
-    for name in ("file", "weights.pth"):
-        (root / "runs" / name).mkdir(parents=True)
-        shutil.copy(root / name, root / "runs" / name / "detector.pt")
+    for path in (root / f"runs/{x}/demo/{y}.pt" for x in "td" for y in ("detector", "checkpoint")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / ("file" if "/t/" in str(path) else "weights.pth"), path)
+    shutil.copytree(trained / "runs/demo", root / "photos/runs/demo")
     return root
+
+
+ON_DEMO = "--data DATA --category demo"
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("train.py --data ROOT/nowhere", "no categories in .*nowhere"),
-        ("train.py --data DATA/demo", "no categories in .*; try --data"),
-        ("train.py --category screw", "no category 'screw'.*there are: demo"),
+        ("train.py --data ROOT/nowhere --category demo", "no categories in .*nowhere"),
+        ("train.py --data DATA/demo --category demo", "no categories in .*; try --data .*/demo0$"),
+        ("train.py --data DATA --category screw", "screw: no category 'screw'.*there are: demo"),
         ("train.py --data ROOT --category empty", "no images in .*empty/train/good"),
         ("train.py --data ROOT --category truncated", "truncated/train/good/003.png"),
-        ("train.py --levels 0 3", "the levels 1 to 13"),
-        ("train.py --steps -1", "--steps must be from 0"),
-        ("train.py --lr inf", "--lr must be from 0"),
-        ("train.py --image-size 10000", "--image-size must be from 32 to 4096"),
-        ("train.py --normal DATA/nowhere", "not allowed with argument"),
-        ("train.py --backbone mobilenet_v22", "did you mean mobilenet_v2"),
-        ("train.py --weights ROOT/weights.pth --backbone resnet18", "not a state dict of resnet18"),
-        ("train.py --out ROOT/file", "--out .*file is a file: give a folder"),
-        ("train.py --out ROOT/file/run", "Not a directory: .*file/run"),
-        ("train.py --out DATA/demo/test/good", "lies in .*demo/test, whose images are read"),
-        ("train.py --out ROOT/runs/file", "detector.pt is not a file saved by torch.save"),
-        ("train.py --out ROOT/runs/weights.pth", "was not written by train.py"),
-        ("train.py --normal ROOT", "not allowed with argument"),
-        ("evaluate.py --model RUN --data ROOT --category empty", "'demo', not of 'empty'"),
-        ("evaluate.py --model RUN --data RUN/../../data", "demo/test"),  # what it was trained from
-        ("evaluate.py --model RUN --out DATA/demo/train", "lies in .*, whose images are read"),
-        ("evaluate.py --model ROOT/runs --category x", "of 'x' in .*: file, weights.pth"),
-        ("evaluate.py --model RUN --false-alarms 5", "between 0 and 1"),
-        ("evaluate.py --model RUN --image-size 5", "the detector knows its size"),
-        ("evaluate.py --model RUN/detector.pt --category a b", "is no folder of <category>"),
-        ("train.py --dem", "one of the arguments|not allowed|unrecognized"),
+        ("train.py --data DATA", "--category is missing"),
+        (f"train.py {ON_DEMO} --levels 0 3", "the levels 1 to 13"),
+        (f"train.py {ON_DEMO} --lr inf", "--lr must be from 0"),
+        (f"train.py {ON_DEMO} --normal ROOT/nowhere", "not allowed with argument"),
+        (f"train.py {ON_DEMO} --backbone mobilenet_v22", "did you mean mobilenet_v2"),
+        (f"train.py {ON_DEMO} --weights ROOT/weights.pth --backbone resnet18", "does not fit the"),
+        (f"train.py {ON_DEMO} --runs ROOT/file", "Not a directory: .*/file/demo.*: check this"),
+        (
+            f"train.py {ON_DEMO} --runs DATA/demo/test/good",
+            "lies in .*/test, whose images are read",
+        ),
+        (f"train.py {ON_DEMO} --runs ROOT/runs/t", "checkpoint.pt was not written by torch.save"),
+        (f"train.py {ON_DEMO} --runs ROOT/runs/d", "is not of this version of train.py"),
+        (f"train.py {ON_DEMO} --dem", "unrecognized"),
+        ("train.py --normal ROOT/photos --category a b", "--normal needs one --category"),
+        ("train.py --normal ROOT/file --category a", "file is a file: give a folder"),
+        ("train.py --normal DATA --category a", "looks like a data set: give --data"),
+        ("train.py --normal ROOT/photos --category x --runs ROOT/photos/deep", "images are read"),
+        ("train.py --normal ROOT/photos --category photos/ --runs ROOT", "images are read"),
+        ("evaluate.py --images ROOT/photos --category demo --runs ROOT/photos/runs", "are read"),
+        ("evaluate.py --images ROOT/x --category demo --runs RUNS", "/x does not exist"),
+        ("evaluate.py --images DATA --category x --runs RUNS", "x/detector.pt; there are: demo"),
+        ("evaluate.py --images DATA --category a b --runs RUNS", "--images needs one --category"),
+        ("evaluate.py --data ROOT --category demo --runs RUNS", "no category 'demo' in .*: empty"),
+        ("evaluate.py --data RUNS/../data --category demo --runs RUNS", "no images in .*demo/test"),
+        (f"evaluate.py {ON_DEMO} --runs DATA/demo/ground_truth", "whose images are read"),
+        (f"evaluate.py {ON_DEMO} --runs ROOT", "no detector .*/demo/detector.pt; run train.py"),
+        (f"evaluate.py {ON_DEMO} --runs ROOT/runs/t", "detector.pt was not written by torch.save"),
+        (f"evaluate.py {ON_DEMO} --runs ROOT/runs/d", "holds no detector of this version"),
+        (f"evaluate.py {ON_DEMO} --runs RUNS --false-alarms 5", "between 0 and 1"),
+        (f"evaluate.py {ON_DEMO} --runs RUNS --image-size 5", "unrecognized arguments"),
     ],
 )
 def test_bad_input_is_told_in_one_line(given, message, broken, demo, trained, cli, tmp_path):
-    for name, path in {"ROOT": broken, "DATA": demo[1], "RUN": trained / "runs/demo"}.items():
+    for name, path in {"ROOT": broken, "DATA": demo[1], "RUNS": trained / "runs"}.items():
         given = given.replace(name, str(path))
     script, *more = given.split()
-    options = [*TINY, "--steps", "2", "--out", tmp_path] if script == "train.py" else []
-    assert_one_line(cli(script, *demo, *options, *more), message)
+    options = [*TINY, "--steps", "2"] if script == "train.py" else []
+    before = contents(broken) | contents(trained)
+    assert_one_line(cli(script, *options, "--runs", tmp_path, *more), message)
+    assert contents(broken) | contents(trained) == before and not os.listdir(tmp_path)
 
 
-def test_output_among_the_images_that_are_read_is_refused(demo, trained, cli, tmp_path):
-    shutil.copytree(Path(demo[1], "demo/train/good"), tmp_path / "photos")
-    model, photos = trained / "runs/demo/detector.pt", tmp_path / "photos"
-    for out in (photos, photos / "deep/run"):
-        assert_one_line(cli("train.py", "--normal", photos, "--out", out, *TINY), "whose images")
-        result = cli("evaluate.py", "--images", photos, "--model", model, "--out", out)
-        assert_one_line(result, "whose images")
-    assert len(os.listdir(photos)) == 48
-    beside = tmp_path / "photos and more"
-    result = cli("evaluate.py", "--images", photos, "--model", model, "--out", beside)
-    assert result[0] == 0
-
-
-def test_error_with_a_line_break_in_a_file_name_is_one_line(capsys):
-    train.print_error(NotADirectoryError(20, "Not a directory", "a\nb"))
-    assert capsys.readouterr().err.endswith(
-        "Not a directory: a b: check this path, or give another\n"
-    )
-    with pytest.raises(ZeroDivisionError):
-        train.print_error(ZeroDivisionError())
-
-
-def test_full_disk_keeps_what_was_there(trained, demo, cli, tmp_path):
+def test_full_disk_keeps_what_was_there(runs, demo, cli):
     resource = pytest.importorskip("resource")
-    path, before = tmp_path / "detector.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    shutil.copy(trained / "runs/demo/detector.pt", path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert cli("evaluate.py", *demo, "--runs", runs)[0] == 0
+    before = contents(runs)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # bytes of a file, at most
-        for script, more in (("train.py", [*TINY, "--steps", 0]), ("evaluate.py", [])):
-            result = cli(script, *demo, "--out", tmp_path, *more)
-            assert_one_line(result, f"File too large: {tmp_path}/(detector.pt|scores.csv): check")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))  # bytes of a file, at most
+        for script, more in (("evaluate.py", []), ("train.py", [*TINY, "--force"])):
+            message = f"File too large: {runs}/demo/.*(detector|results).*: check this path"
+            assert_one_line(cli(script, *demo, "--runs", runs, *more), message)
+            assert contents(runs) == before, script
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert path.read_bytes() == (trained / "runs/demo/detector.pt").read_bytes()
-    assert not list(tmp_path.glob(".*.part"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 # ---- The real thing ----------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def train_run(args: Namespace, device: torch.device) -> None:
     images = normal_images(args)
     checkpoint = read_checkpoint(args, list(images))
     if checkpoint["checks"] and checkpoint["state"] is None:
-        print(f"{args.run} is finished; --force trains anew")
+        gaussad.say(f"{args.run} is finished; --force trains anew")
         return
     torch.manual_seed(args.seed)  # for random weights
     extractor = FeatureExtractor(args.backbone, args.levels, args.weights)
@@ -123,13 +123,13 @@ def train_run(args: Namespace, device: torch.device) -> None:
     fit, held_out = gaussad.hold_out(list(images.values()), args.seed)
     if len(fit) < 50:
         warnings.warn(f"only {len(fit)} images to fit: thresholds are unreliable; 100 are better")
-    print(f"{args.run}: {len(fit)} images to fit, {len(held_out)} held out")
+    gaussad.say(f"{args.run}: {len(fit)} images to fit, {len(held_out)} held out")
     fine_tune_and_save(args, detector, fit, held_out, checkpoint)
-    print(summary(checkpoint["checks"]))
+    gaussad.say(summary(checkpoint["checks"]))
     source = ["--images", "PATH"] if args.normal else ["--data", args.data]
     own = ["--backbone", args.backbone] if args.backbone.endswith(".py") else []
     command = ["python", "evaluate.py", *source, "--category", args.category, *own]
-    print("evaluate it:", shlex.join(map(str, [*command, "--runs", args.runs])))
+    gaussad.say(f"evaluate it: {shlex.join(map(str, [*command, '--runs', args.runs]))}")
 
 
 def normal_images(args: Namespace) -> dict[str, Path]:
@@ -199,26 +199,27 @@ def fine_tune_and_save(
     )
     batches = DataLoader(images, args.batch_size, shuffle=True)
     args.run.mkdir(parents=True, exist_ok=True)
-    print("AUROC: how well held-out images are told from augmented versions of them, in %")
-    print(f"{'step':>6}{'loss':>9}{'seconds':>9}{'AUROC':>8}", *map(table_row, checks), sep="\n")
+    gaussad.say("AUROC: how well held-out images are told from augmented versions of them, in %")
+    gaussad.say(f"{'step':>6}{'loss':>9}{'seconds':>9}{'AUROC':>8}", *map(table_row, checks))
     try:
         for check in gaussad.fine_tune(detector, batches, others, **options):
             checks.append(record(check, time.perf_counter() - last))
             gaussad.progress("")
-            print(table_row(checks[-1]), flush=True)
+            gaussad.say(table_row(checks[-1]))
             if check.kept:
-                for name in ("results", "scored"):  # of an earlier detector
-                    shutil.rmtree(args.run / name, ignore_errors=True)
-                if check.step == 0:  # so would an earlier checkpoint be
-                    (args.run / "checkpoint.pt").unlink(missing_ok=True)
-                detector.save(args.run / "detector.pt")
+                with gaussad.replacing(args.run / "detector.pt") as new:
+                    detector.save(new)
+                    for name in ("results", "scored"):  # of an earlier detector
+                        shutil.rmtree(args.run / name, ignore_errors=True)
+                    if check.step == 0:  # so would an earlier checkpoint be
+                        (args.run / "checkpoint.pt").unlink(missing_ok=True)
             gaussad.save_plain(checkpoint | {"state": check.state}, args.run / "checkpoint.pt")
             last = time.perf_counter()
     except KeyboardInterrupt:
-        step = f"step {checks[-1]['step']}" if checks else "the beginning"
-        print(
-            f"\ninterrupted; the same command without --force goes on from {step}", file=sys.stderr
+        where = (
+            f"the same command goes on from step {checks[-1]['step']}" if checks else "no check yet"
         )
+        sys.stderr.write(f"\ninterrupted; {where}{', without --force' * args.force}\n")
         raise
     gaussad.save_plain(checkpoint | {"state": None}, args.run / "checkpoint.pt")
 
