@@ -225,8 +225,8 @@ def decoded(samples: list[Sample], size: list[int], args: Namespace) -> Iterator
             mask = torch.zeros(size, dtype=torch.bool)
             if sample.mask and sample.defect != NORMAL:
                 mask = gaussad.load_mask(sample.mask, size, sample.path)
-            digest = gaussad.digest(sample.path)
-            return sample, digest, gaussad.load_image(sample.path, size), mask
+            image = gaussad.load_image(sample.path, size)
+            return sample, gaussad.digest(sample.path), image, mask
         except (ValueError, OSError) as error:
             if args.data:
                 raise

@@ -846,7 +846,8 @@ def stages_of_file(path: str) -> tuple[Sequence[nn.Module], list, list]:
         return list(nn.ModuleList(defined["stages"])), defined["mean"], defined["std"]
     except (Exception, SystemExit) as error:  # whatever the file raises
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} must define stages, mean and std, but: {reason}") from error
+        advice = "it must define stages, mean and std"
+        raise ValueError(f"cannot run {path}: {reason}; {advice}") from error
     finally:
         sys.path[:] = path_before
         for name in sys.modules.keys() - modules_before:  # another file may have its own model.py

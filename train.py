@@ -216,8 +216,9 @@ def fine_tune_and_save(
             gaussad.save_plain(checkpoint | {"state": check.state}, args.run / "checkpoint.pt")
             last = time.perf_counter()
     except KeyboardInterrupt:
+        step = checks[-1]["step"] if checks else None
         where = (
-            f"the same command goes on from step {checks[-1]['step']}" if checks else "no check yet"
+            "nothing is saved yet" if step is None else f"the same command goes on from step {step}"
         )
         sys.stderr.write(f"\ninterrupted; {where}{', without --force' * args.force}\n")
         raise
