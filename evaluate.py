@@ -21,7 +21,7 @@ from argparse import SUPPRESS, ArgumentParser, Namespace
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -190,33 +190,38 @@ def score(detector: GaussianAD, samples: list[Sample], args: Namespace, out: Pat
     limits = [gaussad.tail_quantile(maxima, 1 - rate) for rate in (0.5, args.false_alarms, 0.01)]
     threshold = detector.threshold(args.false_alarms)
     (out / "pictures" if args.pictures else out).mkdir(parents=True)
-    read, digests, scores = [], [], []
+    read, digests, scores, drawn = [], [], [], []
     tensors = {}
-    for batch in decoded(samples, detector.image_size, args):
-        pooled, maps = detector.scores_and_maps(torch.stack([image for _, _, image, _ in batch]))
-        anomaly = detector.anomaly_score(pooled, maps)
-        scores += torch.stack([anomaly, pooled, maps.amax((1, 2))], 1).tolist()
-        for (sample, digest, image, mask), anomaly_map in zip(batch, maps.cpu()):
-            tensors[len(read)] = image, anomaly_map, mask
-            read.append(sample)
-            digests.append(digest)
-            if args.pictures:
-                number = f"{len(read):0{len(str(len(samples)))}d}"  # so that they sort
-                name = f"{number}_{sample.path.parent.name}_{sample.path.stem}"[:50]
-                drawn = picture(image, anomaly_map, mask, limits)
-                drawn.save(out / f"pictures/{name}.png")
-        if args.images:
-            for i in sorted(tensors, key=lambda i: scores[i][0])[:-SHOWN]:
-                del tensors[i]
-        gaussad.progress(f"{len(read)} of {len(samples)} images scored")
+    with ThreadPoolExecutor(args.workers) as pool:
+        for batch in decoded(pool, samples, detector.image_size, args):
+            pooled, maps = detector.scores_and_maps(torch.stack([x for _, _, x, _ in batch]))
+            anomaly = detector.anomaly_score(pooled, maps)
+            scores += torch.stack([anomaly, pooled, maps.amax((1, 2))], 1).tolist()
+            for (sample, digest, image, mask), anomaly_map in zip(batch, maps.cpu()):
+                tensors[len(read)] = image, anomaly_map, mask
+                read.append(sample)
+                digests.append(digest)
+                if args.pictures:
+                    number = f"{len(read):0{len(str(len(samples)))}d}"  # so that they sort
+                    name = f"{number}_{sample.path.parent.name}_{sample.path.stem}"[:50]
+                    path = out / f"pictures/{name}.png"
+                    drawn.append(pool.submit(draw, path, image, anomaly_map, mask, limits))
+            if args.images:
+                for i in sorted(tensors, key=lambda i: scores[i][0])[:-SHOWN]:
+                    del tensors[i]
+            gaussad.progress(f"{len(read)} of {len(samples)} images scored")
     gaussad.progress("")
+    for picture_drawn in drawn:
+        picture_drawn.result()  # raises what drawing raised, such as a full disk
     if not read:
         raise ValueError("none of these images can be read")
     scores = torch.tensor(scores, dtype=torch.float64)
     return Scored(read, digests, scores, tensors, threshold, limits)
 
 
-def decoded(samples: list[Sample], size: list[int], args: Namespace) -> Iterator[list[tuple]]:
+def decoded(
+    pool: Executor, samples: list[Sample], size: list[int], args: Namespace
+) -> Iterator[list[tuple]]:
     """Batches of (sample, digest of its file, image, mask), the next one being read while the
     present one is used. A bad image of your own is told and left out."""
 
@@ -234,12 +239,11 @@ def decoded(samples: list[Sample], size: list[int], args: Namespace) -> Iterator
 
     n = args.batch_size
     batches = [samples[i : i + n] for i in range(0, len(samples), n)]
-    with ThreadPoolExecutor(args.workers) as pool:
-        coming = pool.map(read, batches[0])
-        for following in [*batches[1:], []]:
-            present, coming = coming, pool.map(read, following)
-            if batch := [x for x in present if x]:
-                yield batch
+    coming = pool.map(read, batches[0])
+    for following in [*batches[1:], []]:
+        present, coming = coming, pool.map(read, following)
+        if batch := [x for x in present if x]:
+            yield batch
 
 
 def write_scores(path: Path, found: Scored) -> None:
@@ -397,6 +401,11 @@ def picture(image: Tensor, heat: Tensor, mask: Tensor, limits: list[float]) -> I
     painted[outline(mask).numpy()] = TRUE
     gap = np.full_like(plain[:, :6], 255)
     return Image.fromarray(np.concatenate([plain, gap, painted.round().astype(np.uint8)], 1))
+
+
+def draw(path: Path, *shown: object) -> None:
+    """Save a picture, four times as fast as by default and a fifth larger."""
+    picture(*shown).save(path, compress_level=1)
 
 
 def outline(region: Tensor) -> Tensor:

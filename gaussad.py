@@ -16,6 +16,7 @@ their IEEE TIM paper of 2021; *ours*: our own choice."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import math
@@ -1165,10 +1166,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
                 try:
                     os.replace(new, path)
                     break
-                except OSError:
-                    if not path.is_dir():
+                except OSError as error:  # a folder has to be moved away first
+                    if not path.is_dir() and error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                         raise
-                with suppress(FileNotFoundError):  # a folder has to be moved away first
+                with suppress(FileNotFoundError):  # another run has moved it
                     os.replace(path, Path(folder, str(attempt)))
     except OSError as error:
         if error.errno and not error.filename:  # a full disk
