@@ -95,7 +95,7 @@ def evaluate(args: Namespace, category: str) -> dict:
     """Score images with the detector of a run; write, then print what is found, and return it."""
     run = args.runs / category
     folders = args.images or [args.data / category / name for name in gaussad.FOLDERS]
-    gaussad.check_run(run, filter(Path.is_dir, folders))
+    gaussad.check_run(run, folders)
     detector, details, trained_on = load_run(args, run)
     if args.data:
         place, samples = run / "results", gaussad.list_samples(args.data, category, "test")
@@ -477,10 +477,9 @@ def html_table(rows: list[tuple]) -> str:
 def pictures(found: Scored, kinds: dict[str, list[int]]) -> str:
     """Some pictures of each kind that has images, each with a caption."""
     html = (
-        "<h2>Pictures</h2><p>Each image is shown beside a copy under its anomaly map: yellow is "
-        "what half of the normal images reach at their most anomalous place, red what 1 % of them "
-        "reach. Outlines: the true defect (cyan), detected by the map alone (white). The verdict "
-        "uses the anomaly score."
+        "<h2>Pictures</h2><p>Each image is shown beside a copy under its anomaly map. Yellow: half "
+        "of the normal images have a place this anomalous; red: only 1 % have. Outlines: the true "
+        "defect (cyan); where the map exceeds its own threshold, which decides nothing (white)."
     )
     for kind, images in kinds.items():
         if images:
@@ -523,7 +522,8 @@ def histogram(found: Scored) -> str:
     texts = [(44, 16, top), (44, 212, 0), (230, 243, "anomaly score")]
     texts += [(50 + 9 * k, 226, f"{edges[k]:.3g}") for k in (0, 20, 40)]
     for x, y, text in texts:
-        marks += f"<text x={x} y={y} text-anchor={'end' if x < 50 else 'middle'}>{text}</text>"
+        anchor = "middle" if 50 <= x < 410 else "end"
+        marks += f"<text x={x} y={y} text-anchor={anchor}>{text}</text>"
     return (
         f"<h2>Scores</h2><p>Number of images with a score:{legend}; line: threshold"
         f"<svg viewBox='0 0 420 246' role=img aria-label='histogram of scores'>{marks}</svg>"

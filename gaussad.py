@@ -27,7 +27,7 @@ import sys
 import unicodedata
 import warnings
 import zipfile
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -1093,7 +1093,9 @@ def open_image(path: str | Path, decode: bool = True) -> Image.Image:
         raise
     except Exception as error:  # decoders may raise anything on a broken file
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"cannot read {path}: {reason}; save it again, or leave it out") from error
+        told = type(error) is ValueError or getattr(error, "errno", None)  # what is wrong
+        advice = "" if told else "; save it again, or leave it out"
+        raise ValueError(f"cannot read {path}: {reason}{advice}") from error
 
 
 # ---- 10. Files, and what both scripts share ----------------------------------------------------
@@ -1132,7 +1134,7 @@ def load_plain(path: str | Path | BinaryIO) -> dict:
     except MemoryError:
         raise
     except Exception as error:  # the unpickler may raise anything on other files
-        reason = "was not written by torch.save, or is damaged"
+        reason = "was not written by torch.save, or is damaged: give another"
         if (
             packed
             and not isinstance(error, zipfile.BadZipFile)
@@ -1191,15 +1193,22 @@ def category_names(given: Sequence[str], data: Path | None) -> list[str]:
     return list(names)
 
 
-def check_run(run: Path, folders: Iterable[Path]) -> None:
-    """ValueError if a run lies in a folder whose images are read: it would read its pictures."""
-    for folder in folders:
-        if folder.resolve() in (run.resolve(), *run.resolve().parents):
-            raise ValueError(f"{run} lies in {folder}, whose images are read: give other --runs")
+def check_run(run: Path, read: Iterable[Path]) -> None:
+    """ValueError if a run lies in a folder whose images are read, as it would read its pictures, or
+    if what is read lies in the run's results, as they are replaced."""
+    run = run.resolve()
+    for path in map(Path.resolve, read):
+        if path in (run, *run.parents):
+            raise ValueError(f"{run} lies in {path}, whose images are read: give other --runs")
+        if {run / "results", run / "scored"} & {path, *path.parents}:
+            raise ValueError(f"{path} lies in results of {run}, which are replaced: move it first")
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a program's description and shows the defaults of its options."""
+    """Keeps the line breaks of a program's description and shows defaults, where there are any."""
+
+    def _get_help_string(self, action: Action) -> str:
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def progress(line: str) -> None:

@@ -77,21 +77,22 @@ def parse(argv: Sequence[str]) -> Namespace:
     source.add_argument("--normal", type=Path, help="a plain folder of normal images")
     source.add_argument("--demo", action="store_true", help="draw data, train and evaluate on it")
     add = parser.add_argument
-    add("--category", nargs="+", help="names of the runs, and folders in --data; all: every one")
+    add("--category", nargs="+", help="folders in --data, and names of the runs; all: every one")
     add("--runs", type=Path, default="runs", help="folder of the runs")
     add("--force", action="store_true", help="train anew")
     add("--backbone", default="efficientnet_b4", help="torchvision's, or a .py file")
     add("--weights", default="imagenet", help="imagenet, random, or the path of a state dict")
-    add("--levels", type=int, nargs="+", help="from 1; None: those of stride 16 or more")
-    add("--map-levels", type=int, nargs="+", help="of the anomaly map; None: those of stride 16")
-    add("--covariance", default="full", help="full; diagonal and identity to compare")
+    add("--levels", type=int, nargs="+", help="from 1; if left out, those of stride 16 or more")
+    add("--map-levels", type=int, nargs="+", help="of the map; if left out, those of stride 16")
+    kinds = ["full", "diagonal", "identity"]
+    add("--covariance", choices=kinds, default="full", help="full; the others to compare")
     add("--image-size", type=int, default=380, help="images are resized to squares")
     add("--steps", type=int, default=512, help="at most; 0: the frozen network")
     add("--patience", type=int, default=3, help="end after so many checks in a row not kept")
     add("--lr", type=float, default=1e-4, help="learning rate of Adam")
     given = {"choices": AUGMENTATIONS, "default": [*DEFAULT_AUGMENTATIONS]}
-    add("--augmentations", nargs="+", **given, help="that judge checks")
-    add("--seed", type=int, default=0, help="of split, batches and validator")
+    add("--augmentations", nargs="+", **given, help="that decide which step is kept")
+    add("--seed", type=int, default=0, help="random seed")
     add("--batch-size", type=int, default=16, help="images in a batch")
     add("--workers", type=int, default=os.cpu_count(), help="threads that decode images")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any")
@@ -101,6 +102,8 @@ def parse(argv: Sequence[str]) -> Namespace:
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
+    if args.backbone.endswith(".py") and args.weights != "imagenet":
+        parser.error("--weights is for torchvision's networks: load your own in the .py file")
     if not args.category:
         parser.error("--category is missing: name a folder in --data, or your own run")
     if args.normal and (len(args.category) > 1 or args.category == ["all"]):
@@ -199,7 +202,9 @@ def fine_tune_and_save(
     )
     batches = DataLoader(images, args.batch_size, shuffle=True)
     args.run.mkdir(parents=True, exist_ok=True)
-    gaussad.say("AUROC: how well held-out images are told from augmented versions of them, in %")
+    gaussad.say(
+        "AUROC, %: held-out images against augmented versions of them; a gain above its ± is kept"
+    )
     gaussad.say(f"{'step':>6}{'loss':>9}{'seconds':>9}{'AUROC':>8}", *map(table_row, checks))
     try:
         for check in gaussad.fine_tune(detector, batches, others, **options):
@@ -249,7 +254,8 @@ def summary(checks: list[dict]) -> str:
     """What training ended in, in words."""
     kept = [check for check in checks if check["kept"]]
     if len(kept) == 1:
-        return "the frozen network is kept" + " as no step gained enough" * (len(checks) > 1)
+        why = "" if len(checks) == 1 else ", as no step gained more than its error"
+        return f"the detector is that of the frozen network{why}"
     gain, error = 100 * kept[-1]["gain"], 100 * kept[-1]["standard_error"]
     over = f"its AUROC gained {gain:.1f} ± {error:.1f} over step {kept[-2]['step']}"
     return f"step {kept[-1]['step']} is kept: {over} ({100 * checks[0]['auroc']:.1f} at step 0)"
