@@ -367,7 +367,8 @@ def write_results(root: Path, metrics: dict[str, dict]) -> None:
         mean.append(fmean(known) if known else None)
         error.append(stdev(known) / len(known) ** 0.5 if len(known) > 1 else None)
     rows = [("category", *RESULTS), *rows, mean, error]
-    with gaussad.replacing(root / "results.csv") as new, new.open("w", newline="") as file:
+    how = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with gaussad.replacing(root / "results.csv") as new, new.open("w", **how) as file:
         csv.writer(file).writerows(rows)
     gaussad.say(f"{table(rows)}\n{root / 'results.csv'}")
 

@@ -7,8 +7,7 @@ Rippel, Chavan, Lei and Merhof, IMPROVE 2022, arXiv 2108.04116. The method comes
     2. Gaussian     N(μ, Σ) of normal features, Σ by Ledoit-Wolf shrinkage; Mahalanobis distance
     3. Detector     pooled score sum_l d_l, d_l the distance of the spatial mean of φ_l; anomaly map
     4. Objective    the Mahalanobis loss; augmentations, and the validator that judges by them
-    5. Fine-tuning  one loop
-    6. Metrics      AUROC and AU-PRO
+    5. Fine-tuning  one loop, and 6. Metrics, AUROC and AU-PRO
 
 Sections 7 to 10 are what a program needs around it. Docstrings name the source of a step:
 *abstract*: the paper's abstract (we had no access to the rest); *earlier code*: the authors', for
@@ -259,19 +258,18 @@ class GaussianAD(nn.Module):
     def _features(self, images: Tensor) -> list[Tensor]:
         """The spatial mean of each level, (B, C_l), and last the map levels, resized to the first
         of them and joined, (B, h, w, C)."""
-        levels, size = self.extractor(images), list(images.shape[-2:])
-        chosen = [x for i, x in zip(self.extractor.levels, levels) if i in self.map_levels]
+        maps, size = self.extractor(images), list(images.shape[-2:])
+        chosen = [x for i, x in zip(self.extractor.levels, maps) if i in self.map_levels]
         h, w = chosen[0].shape[-2:]
         resized = [nn.functional.interpolate(x, (h, w), mode="bilinear") for x in chosen]
         joined = torch.cat(resized, 1).permute(0, 2, 3, 1)
         if self.image_size is None:  # the first batch of a fit
             self.image_size = size
-            if (gigabytes := 8e-9 * h * w * joined.shape[-1] ** 2) >= 1:
-                advice = "choose map levels of fewer channels"
-                warnings.warn(f"the map's Gaussians take {gigabytes:.1f} GB: {advice}")
+            if (size_gb := 8e-9 * h * w * joined.shape[-1] ** 2) >= 1:
+                warnings.warn(f"the map's Gaussians take {size_gb:.1f} GB: choose other map levels")
         if self.image_size != size:
             raise ValueError(f"images of {size} after those of {self.image_size}: resize them")
-        return [*(x.mean((-2, -1)) for x in levels), joined]
+        return [*(x.mean((-2, -1)) for x in maps), joined]
 
     def _pooled_score(self, features: list[Tensor]) -> Tensor:
         if not self.gaussians:
@@ -292,11 +290,10 @@ class GaussianAD(nn.Module):
     def calibrate(self, held_out: Tensor, batch_size: int = 16) -> GaussianAD:
         """Store the scores of at least three held-out normal images (N, 3, H, W), for
         `anomaly_score` and `threshold`. Returns self. `fit` keeps them: a fit to all images
-        afterwards makes better Gaussians, and thresholds slightly on the high side (*ours*).
-
-        One bad picture, such as a black frame, would decide mean, deviation and tail, and defects
-        would pass. So an image whose pooled score or maximum of the map is over 2.5 times the
-        median is left out, with a warning (*ours*): on seventeen clean sets, one image was."""
+        afterwards makes better Gaussians, and thresholds slightly on the high side. An image whose
+        pooled score or maximum of the map is over OUTLIER times the median, such as a black frame,
+        is left out with a warning, as it would decide mean, deviation and tail, and defects would
+        pass. On seventeen clean sets one image was left out (*ours*)."""
         check_images(held_out)
         warn_of_outliers(self._calibrate(self._features_of(held_out.split(batch_size))))
         return self
@@ -567,7 +564,7 @@ class AugmentationValidator:
 
 # ---- 5. Fine-tuning ----------------------------------------------------------------------------
 
-FIRST_CHECK = 32  # steps: before, the features are unsettled, and a check misleads
+FIRST_CHECK = 32  # steps: after fewer the features are unsettled, and a check misleads
 
 
 @dataclass(frozen=True)
@@ -787,13 +784,13 @@ def warn_of_outliers(outliers: dict[int, float], names: Sequence[object] = ()) -
         warnings.warn(f"held-out {image} {scores} and is left out of thresholds: is it normal?")
 
 
-_GPU, _CPU = torch.backends.cudnn, torch.backends.mkldnn
-PRECISIONS = (torch.backends.cuda.matmul, _GPU.conv, _CPU.matmul, _CPU.conv)  # of float32
+_cudnn, _mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+PRECISIONS = (torch.backends.cuda.matmul, _cudnn.conv, _mkldnn.matmul, _mkldnn.conv)
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute float32 as such in this block, whatever torch is set to: rounding to TF32 or bfloat16
+    """Compute in full float32 in this block, whatever torch is set to: rounding to TF32 or bfloat16
     would drown the directions of least variance, which dominate the scores."""
     with ExitStack() as stack:
         for setting in PRECISIONS:
