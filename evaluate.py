@@ -15,7 +15,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import warnings
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from base64 import b64encode
@@ -79,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--pictures", action="store_true", help="draw the anomaly map of each image")
     add("--false-alarms", type=float, default=0.05, help="expected fraction, between 0 and 1")
     add("--batch-size", type=int, default=16, help="images in a batch")
-    add("--workers", type=int, default=os.cpu_count(), help="threads that decode images")
+    add("--workers", type=int, default=gaussad.CORES, help="threads that decode images")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any")
     args = parser.parse_args(argv)
     if not 0 < args.false_alarms < 1:

@@ -916,6 +916,7 @@ def fold_batch_norm(module: nn.Module) -> None:
 
 NORMAL = "good"  # MVTec AD's name for the folder of normal images
 FOLDERS = ("train", "test", "ground_truth")  # of a category
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class Sample(NamedTuple):
@@ -1025,7 +1026,7 @@ def load_images(
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if not paths:
         raise ValueError("no images to load: give at least one path")
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or CORES) as pool:
         return torch.stack(list(pool.map(lambda path: load_image(path, size), paths)))
 
 
@@ -1205,7 +1206,8 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Keeps the line breaks of a program's description and shows defaults, where there are any."""
 
     def _get_help_string(self, action: Action) -> str:
-        return super()._get_help_string(action) if action.default else action.help
+        none = action.default is None or action.default is False
+        return action.help if none else super()._get_help_string(action)
 
 
 def progress(line: str) -> None:

@@ -94,7 +94,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     add("--augmentations", nargs="+", **given, help="that decide which step is kept")
     add("--seed", type=int, default=0, help="random seed")
     add("--batch-size", type=int, default=16, help="images in a batch")
-    add("--workers", type=int, default=os.cpu_count(), help="threads that decode images")
+    add("--workers", type=int, default=gaussad.CORES, help="threads that decode images")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any")
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
