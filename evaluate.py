@@ -138,7 +138,10 @@ def load_run(args: Namespace, run: Path) -> tuple[GaussianAD, dict, set[str]]:
         detector = GaussianAD.load(file, args.device, extractor)
     training = {"settings": {}, "checks": [], "state": None}
     if (run / "checkpoint.pt").is_file():
-        training |= gaussad.load_plain(run / "checkpoint.pt")
+        try:
+            training |= gaussad.load_plain(run / "checkpoint.pt")
+        except ValueError as error:  # which the detector does not need
+            warnings.warn(str(error))
     details = {
         "backbone": detector.extractor.backbone,
         "best_step": max((x["step"] for x in training["checks"] if x["kept"]), default=None),

@@ -10,7 +10,6 @@ import base64
 import csv
 import hashlib
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -19,7 +18,6 @@ import runpy
 import shutil
 import signal
 import sys
-import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -164,8 +162,6 @@ def test_aupro_equals_brute_force(distinct, limit):
     assert gaussad.aupro(maps, masks, limit) == pytest.approx(expected, abs=1e-9)
     monotone = torch.tensor(maps).exp().where(torch.tensor(maps < 0.7), torch.inf)
     assert gaussad.aupro(monotone, torch.tensor(masks), limit) == pytest.approx(expected, abs=1e-9)
-    tied = gaussad.aupro(np.ones(masks.shape).tolist(), masks.tolist(), limit)
-    assert tied == pytest.approx(limit / 2, abs=1e-9)  # the diagonal
 
 
 def test_tail_quantile_keeps_the_false_alarm_rate_of_few_and_of_many():
@@ -184,15 +180,15 @@ def test_tail_quantile_keeps_the_false_alarm_rate_of_few_and_of_many():
 STATISTICS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.3]}
 
 
+NETWORKS = [
+    ("efficientnet_b0", [5, 6, 7, 8, 9], {3: "features.2", 9: "features.8"}),
+    ("mobilenet_v2", [11, 14, 17, 18, 19], {4: "features.3", 11: "features.10"}),
+    ("resnet18", [4, 5], {1: "relu", 2: "layer1", 3: "layer2", 5: "layer4"}),
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "backbone, default, names",
-    [
-        ("efficientnet_b0", [5, 6, 7, 8, 9], {3: "features.2", 9: "features.8"}),
-        ("mobilenet_v2", [11, 14, 17, 18, 19], {4: "features.3", 11: "features.10"}),
-        ("resnet18", [4, 5], {1: "relu", 2: "layer1", 3: "layer2", 5: "layer4"}),
-    ],
-)
+@pytest.mark.parametrize("backbone, default, names", NETWORKS)
 def test_levels_are_torchvisions_feature_maps(backbone, default, names, tmp_path):
     network, outputs, path = models.get_model(backbone).eval(), [], tmp_path / "weights.pth"
     for values in network.state_dict().values():
@@ -215,11 +211,9 @@ def test_levels_are_torchvisions_feature_maps(backbone, default, names, tmp_path
 def own_stages(width=12):
     """A small network of three stages, of stride 4, 8 and 16, with batch norm."""
     nn, stages = torch.nn, []
-    relu = {"forward": lambda self, x: nn.BatchNorm2d.forward(self, x).relu_()}
-    fused = type("BatchNormAct2d", (nn.BatchNorm2d,), relu)  # as timm has it
     for c, d, stride in ((3, 8, 4), (8, width, 2), (width, 16, 2)):
         layers = [nn.Conv2d(c, d, 3, stride, padding=1), nn.BatchNorm2d(d)]
-        stages.append(nn.Sequential(*layers, nn.Conv2d(d, d, 1), fused(d)))
+        stages.append(nn.Sequential(*layers, nn.Conv2d(d, d, 1), nn.ReLU()))
     return stages
 
 
@@ -234,9 +228,8 @@ def test_ones_own_network_is_taken_as_it_is(tmp_path):
     assert type(folded.stages[0][1]) is torch.nn.Identity
     for n in (3, 2):  # of stride 16; of stride 8, but the last
         assert FeatureExtractor(stages[:n], **STATISTICS).levels == [n]
-    wrong = [([124, 116, 104], [58, 57, 57]), (0.5, 0.2), ([0.5], [0.2]), ((), ())]
-    wrong += [(3 * [0.5], [0.2, x, 0.2]) for x in (0, torch.nan, 2)] + [([0, -0.1, 0], 3 * [1])]
-    for mean, std in wrong:
+    wrong = [([124, 116, 104], [58, 57, 57]), ([0.5], [0.2]), ([0, -0.1, 0], [1, 1, 1])]
+    for mean, std in (*wrong, *(([0.5] * 3, [0.2, x, 0.2]) for x in (0, torch.nan, 2))):
         with pytest.raises(ValueError, match=r"3 means in \[0, 1\] and 3 stds in \(0, 1\]"):
             FeatureExtractor(stages, mean=mean, std=std)
     detector = GaussianAD(extractor).fit([images]).calibrate(images)
@@ -246,29 +239,6 @@ def test_ones_own_network_is_taken_as_it_is(tmp_path):
     for levels, message in (([3], r"levels \[2, 3\]"), ([2, 3], "holds no detector")):
         with pytest.raises(ValueError, match=message):
             GaussianAD.load(path, "cpu", FeatureExtractor(own_stages(13), levels, **STATISTICS))
-    with pytest.raises(ValueError, match="give its extractor"):
-        GaussianAD.load(path)
-
-
-def test_network_of_a_file_may_import_its_neighbour_and_its_errors_are_told(tmp_path, monkeypatch):
-    file, path = tmp_path / "own/network.py", list(sys.path)
-    file.parent.mkdir()
-    content = "import torch\nstages, mean, std = [torch.nn.Conv2d(3, 8, 3, 16)], 3 * [0.5], 3 * [1]"
-    (file.parent / "near_it.py").write_text(content)
-    for place, name in ((tmp_path, "own/network.py"), (file.parent, "network.py"), ("/", file)):
-        monkeypatch.chdir(place)
-        file.write_text(content := "from near_it import stages, mean, std\n")
-        assert len(FeatureExtractor(str(name)).stages) == 1
-        for more, message in (("1 / 0", "ZeroDivisionError: division"), ("del std", "must define")):
-            file.write_text(content + more)
-            with pytest.raises(ValueError, match=f"cannot run {name}: .*{message}"):
-                FeatureExtractor(str(name))
-    assert sys.path == path
-    (file.parent / "near_it.py").write_text(
-        "import torch\nstages, mean, std = [torch.nn.Conv2d(3, 9, 3, 16)], 3 * [0.5], 3 * [1]"
-    )
-    file.write_text("from near_it import stages, mean, std\n")
-    assert FeatureExtractor(str(file)).stages[0].out_channels == 9
 
 
 def packed(content, **given):
@@ -297,18 +267,10 @@ def test_weights_are_found_in_any_checkpoint_or_refused_with_a_reason(tmp_path, 
     data, values = packed(state), first.numpy().tobytes()
     middle = data.index(values) + len(values) // 2
     flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-    told = [
-        ("damage", flipped),
-        ("or is damaged", data[:-9999]),
-        ("or is damaged", data[:9999]),
-        ("damage", b"X" + data[1:]),
-        ("not written by", b"text"),
-    ]
+    told = [("damage", flipped), ("or is damaged", data[:-9999]), ("not written by", b"text")]
     told += [("size mismatch for features", packed({**state, name: first[:3]}))]
     told += [("see own.x", packed({**state, "own.x": first})), ("a list", packed([state]))]
     told += [(f"see {name}; it has features.0.1", packed({"model": dict(others)}))]
-    foreign = packed({f"encoder.{i}.weight": first for i in range(9)})
-    told += [(f"see {name}; it has encoder.0.weight, encoder.1.weight", foreign)]
     more = [packed(network), packed(network, _use_new_zipfile_serialization=False)]
     more += [packed({"model": state, "best": x}) for x in (np.float64(0.9), SimpleNamespace(lr=1))]
     more += [script.getvalue()]
@@ -431,39 +393,34 @@ def test_detector_is_loaded_to_the_bit_and_no_code_in_its_file_is_run(tmp_path, 
     assert all(p.requires_grad for p in loaded.parameters())  # it can be trained on
     content = gaussad.load_plain("detector.pt")
     malicious = type("Malicious", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})()
-    no_tensor, number = [{"mean": 3, "whitening": 3}], {"levels": 3}
-    for more in ({"network": {}}, {"gaussians": no_tensor}, number, {"more": malicious}):
+    for more in ({"network": {}}, {"gaussians": [{"mean": 3}]}, {"levels": 3}, {"x": malicious}):
         torch.save({**content, **more}, "detector.pt")
         with pytest.raises(ValueError, match="detector.pt holds"):
             GaussianAD.load("detector.pt")
     assert os.listdir() == ["detector.pt"]
 
 
-@pytest.mark.parametrize("parts", [["."], ["a", "b"]])  # a file, and a folder of two
-def test_file_or_folder_is_replaced_whole_or_not_at_all(parts, tmp_path):
+def test_folder_is_replaced_whole_or_not_at_all(tmp_path):
     def put(text):
         with gaussad.replacing(tmp_path / "out") as new:
-            if len(parts) > 1:
-                new.mkdir()
-            for part in parts:
+            new.mkdir()
+            for part in "ab":
                 (new / part).write_text(text)
             assert text != "fail"
 
     put("old")
     with pytest.raises(AssertionError):
         put("fail")
-    assert {(tmp_path / "out" / part).read_text() for part in parts} == {"old"}
+    assert {(tmp_path / "out" / part).read_text() for part in "ab"} == {"old"}
     with ThreadPoolExecutor(2) as pool:  # two at once
         list(pool.map(put, map(str, range(200))))
-    [text] = {(tmp_path / "out" / part).read_text() for part in parts}  # of one and the same
+    [text] = {(tmp_path / "out" / part).read_text() for part in "ab"}  # of one and the same
     assert text.isdigit() and os.listdir(tmp_path) == ["out"]
 
 
-def test_cutout_cutmix_and_scar_fill_one_rectangle_and_mixup_stays_between():
+def test_cutout_and_cutmix_fill_one_square_and_scar_a_thin_rectangle():
     noise = 255 * (random_images(60, 200) > 127).byte()  # which nothing else equals
     mean, other = noise.double().mean((2, 3), keepdim=True).round().byte(), noise.roll(1, 0)
-    mixed = gaussad.mixup(noise)
-    assert (mixed >= noise.minimum(other)).all() and (mixed <= noise.maximum(other)).all()
     for augment, filling in ((gaussad.cutout, mean), (gaussad.cutmix, other)):
         found = augment(noise)
         changed = (found != noise).any(1)
@@ -475,7 +432,7 @@ def test_cutout_cutmix_and_scar_fill_one_rectangle_and_mixup_stays_between():
         area = height * width / 200**2
         assert ((height - width).abs() <= 1).all() and 0.05 < area.max() < 0.107
         assert 0.001 < area.min() < 0.005
-    angles, shades = [], []
+    tilts, shades = [], []
     for image, found, colour in zip(noise, gaussad.scar(noise), mean):
         points = (image != found).any(0).nonzero()
         shades.append((found[0, *points.T] > 100).all().item())
@@ -486,21 +443,8 @@ def test_cutout_cutmix_and_scar_fill_one_rectangle_and_mixup_stays_between():
             length, width = np.ptp((points @ axes.T).numpy(), axis=0)
             assert 0.1 * 200 - 2 < length < 0.35 * 200 + 2 and 1 < width < 0.025 * 200 + 2
             assert len(points) > 0.7 * length * width  # solid
-            angles.append(torch.atan2(*axes[0]).item() % np.pi)
-    assert {int(angle / np.pi * 3) for angle in angles} == {0, 1, 2} and 0.2 < np.mean(shades) < 0.8
-
-
-def test_validator_draws_once_from_its_seed_and_blends_by_each_opacity():
-    images, before = random_images(6), torch.get_rng_state()
-    given = 11, {**gaussad.AUGMENTATIONS, "dim": lambda x: x // 4}
-    one, same, other = (AugmentationValidator(images, i, *given).augmented for i in (1, 1, 2))
-    assert torch.equal(torch.get_rng_state(), before)
-    for name in gaussad.AUGMENTATIONS:
-        assert torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name])
-        assert len(one[name].unique(dim=0)) > 30  # of 36, drawn one by one
-    blends = [images + x * (images // 4 - images.double()) for x in (1, 0.5, 0.25)]
-    found = (one["dim"][:, None] - torch.cat(blends)).abs().flatten(2).amax(2) <= 0.5
-    assert (found.sum(0) == 2).all() and (found.sum(1) == 1).all()  # two draws of each image
+            tilts.append(axes[0].abs().min().item())
+    assert min(tilts) < 0.1 and max(tilts) > 0.6 and 0.2 < np.mean(shades) < 0.8
 
 
 def spread(images):
@@ -515,11 +459,15 @@ def test_validation_is_that_of_its_definition_and_its_error_that_of_leaving_imag
     def auroc_without(i, C, owner):
         return C[np.arange(60) != i][:, owner != i].mean()
 
-    images, local = random_images(60, 16), {"cutout": gaussad.cutout, "scar": gaussad.scar}
-    validator = AugmentationValidator(images, 0, 120, local)
+    images, before = random_images(60, 16), torch.get_rng_state()
+    local = {"cutout": gaussad.cutout, "scar": gaussad.scar}
+    validator, again, other = (AugmentationValidator(images, i, 120, local) for i in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
     found, gains = [validator(score, batch_size=7) for score in (tuned, spread)], 0
     for validation, score, sign in zip(found, (tuned, spread), (1, -1)):
         for name, versions in validator.augmented.items():
+            assert torch.equal(versions, again.augmented[name])
+            assert not torch.equal(versions, other.augmented[name])
             owner = (images != versions[:, None]).flatten(2).sum(2).argmin(1).numpy()
             assert (np.bincount(owner) == 2 * 3).all()  # each shares most pixels with its image
             pairs = score(versions).numpy() - score(images).numpy()[:, None]
@@ -531,6 +479,9 @@ def test_validation_is_that_of_its_definition_and_its_error_that_of_leaving_imag
     assert gain == pytest.approx(gains[0], abs=1e-9)
     assert error == pytest.approx(np.sqrt(59 * np.var(gains[1:])), rel=0.1)
     assert validator(spread, normal=spread(images) - 1e6).auroc == 1
+    [dimmed] = AugmentationValidator(images, 0, 60, {"dim": lambda x: x // 4}).augmented.values()
+    blends = [images + x * (images // 4 - images.double()) for x in (1, 0.5, 0.25)]
+    assert (dimmed - torch.cat(blends)).abs().max() <= 0.5
 
 
 # ---- Fine-tuning -------------------------------------------------------------------------------
@@ -652,37 +603,21 @@ def test_readme_examples_train_on_a_folder_and_score_a_file(tmp_path, monkeypatc
     assert names["anomaly_map"].shape == (1, 32, 32)
 
 
-def between(forward):
-    """One's own network with a module in the middle that does this."""
-    stage = type("Stage", (torch.nn.Module,), {"forward": lambda self, x: forward(x)})()
-    return FeatureExtractor([torch.nn.Conv2d(3, 8, 3), stage, torch.nn.ReLU()], **STATISTICS)
+def own_network(*stages):
+    """A network of these stages after a first one."""
+    return FeatureExtractor([torch.nn.Conv2d(3, 8, 3, 16), *stages], **STATISTICS)
 
 
 ERRORS = [
     (lambda d, x: Gaussian.fit(torch.rand(2, 3)), "three samples"),
     (lambda d, x: Gaussian.fit(5 + 3e-8 * torch.rand(5, 3).double()), "do not vary"),
-    (lambda d, x: Gaussian.fit(torch.tensor([[1.0, 0], [-1, 0]]).repeat(2, 1)), "do not vary"),
-    (lambda d, x: gaussad.auroc(x, 0 * x), "both classes"),
     (lambda d, x: FeatureExtractor("efficientnet-b4"), "did you mean efficientnet_b4"),
-    (lambda d, x: FeatureExtractor([torch.nn.Flatten()], **STATISTICS), "feature maps"),
-    (lambda d, x: between(torch.nn.ReLU(inplace=True)), "module 2 changes its input in place"),
-    (lambda d, x: between(torch.nn.Hardswish(inplace=True)), "module 2 .*: set inplace=False"),
-    (lambda d, x: d.calibrate(x.numpy()), r"a tensor \(B, 3, H, W\), .*not float32"),
-    (lambda d, x: d.calibrate(x[:0]), r"a tensor \(B, 3, H, W\), .* of shape \[0, 3"),
-    (
-        lambda d, x: AugmentationValidator(list(random_images(9))),
-        r"a tensor \(B, 3, H, W\), .*list",
-    ),
-    (
-        lambda d, x: FeatureExtractor([torch.nn.Identity(), torch.nn.ReLU(True)], **STATISTICS),
-        "module 2",
-    ),
-    (lambda d, x: gaussad.load_plain(io.BytesIO(b"text")), "not written by torch.save"),
-    (lambda d, x: between(torch.relu_), "module 2 changes its input in place"),
+    (lambda d, x: own_network(torch.nn.Flatten()), "module 2 must return feature maps"),
+    (lambda d, x: own_network(torch.nn.ReLU(inplace=True)), "module 2 changes its input in place"),
+    (lambda d, x: own_network(torch.nn.Hardswish(True)), "module 2 .* in place: set inplace=False"),
+    (lambda d, x: own_network(*own_stages()), r"module 2 cannot take \[1, 8, 14, 14\]: "),
     (lambda d, x: GaussianAD(d.extractor, [3]), r"\[3\] are not among \[2, 4, 9\]"),
-    (lambda d, x: GaussianAD(d.extractor, covariance="none"), "full, diagonal or identity"),
     (lambda d, x: GaussianAD(d.extractor)(x), "is not fitted"),
-    (lambda d, x: d(x.long()), "uint8 or in"),
     (lambda d, x: d(255 * x), r"in \[0, 1\]"),
     (lambda d, x: d(x.numpy()), r"a tensor \(B, 3, H, W\), .*not float32 of shape \[24, 3, 64"),
     (lambda d, x: d.fit([PICTURE]), r"a tensor \(B, 3, H, W\), .*not Image of shape \[\]"),
@@ -692,14 +627,10 @@ ERRORS = [
     (lambda d, x: d.calibrate(x[:2]), "three held-out images that differ"),
     (lambda d, x: d.anomaly_score(*d.scores_and_maps(x)), "not calibrated"),
     (lambda d, x: d.calibrate(x).anomaly_score(x[:, 0, 0, 0] / 0, x[:, 0]), "not finite"),
-    (lambda d, x: d.held_out_scores.resize_(3, 2).fill_(torch.nan) is d.threshold(), "not finite"),
-    (lambda d, x: d.calibrate(x).threshold(0), "quantile"),
     (lambda d, x: next(fine_tune(d, [x], random_images(3), -1)), "at least 0"),
-    (lambda d, x: next(fine_tune(d, [x], random_images(3), 1, torch.nan)), "finite"),
     (lambda d, x: next(fine_tune(d, [x], random_images(3), patience=0)), "patience"),
-    (lambda d, x: AugmentationValidator(x), "uint8"),
     (lambda d, x: list(fine_tune(d, iter([random_images(9)]), random_images(3), 1)), "an iterator"),
-    (lambda d, x: AugmentationValidator(random_images(3))(lambda b: spread(b) / 0), "not finite"),
+    (lambda d, x: AugmentationValidator(x), "uint8"),
     (lambda d, x: gaussad.hold_out(range(5)), "too few"),
     (lambda d, x: gaussad.load_images([], 32), "at least one path"),
 ]
@@ -717,10 +648,9 @@ GRAY = (np.indices((40, 60)).sum(0) * 255 // 98).astype(np.int32)  # 0 to 255
 PICTURE = Image.fromarray(GRAY.astype(np.uint8))
 DEFECT = np.zeros((50, 70), bool)
 DEFECT[10:20, 30:60] = True
-# An orientation in EXIF that is a text, one that is 0 / 0, and two that are no EXIF.
+# An orientation in EXIF that is a text, and two that are no EXIF.
 TEXT = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\0006\0\0\0\0\0\0\0"
-RATIO = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x05\0\x01\0\0\0\x1a" + bytes(16)
-BROKEN_EXIF = {"text": TEXT, "ratio": RATIO, "none": b"Exif\0\0none", "cut": TEXT[:18]}
+BROKEN_EXIF = {"text": TEXT, "none": b"Exif\0\0none", "cut": TEXT[:18]}
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -737,9 +667,8 @@ def test_images_of_any_kind_become_the_same_rgb(tmp_path):
     for dtype in (np.uint16, np.int32):
         Image.fromarray((GRAY * 257).astype(dtype)).save(tmp_path / f"{dtype.__name__}.tif")
     expected = gaussad.load_image(tmp_path / "a.png", 32).int()
-    assert gaussad.load_image(tmp_path / "a.png", (20, 30)).shape == (3, 20, 30)
     assert torch.equal(gaussad.load_images(str(tmp_path / "a.png"), 32)[0], expected.byte())
-    assert len(paths := gaussad.list_images([tmp_path])) == 19
+    assert len(paths := gaussad.list_images([tmp_path])) == 17
     for path, found in zip(paths, gaussad.load_images(paths, 32, workers=3)):
         assert found.dtype == torch.uint8 and (found - expected).abs().max() <= 1, path.name
 
@@ -808,11 +737,8 @@ def test_mask_of_any_kind_is_where_the_defect_is(colour, rest, mode, tmp_path):
 def test_mask_is_turned_by_its_own_exif_and_loses_no_pixel_when_made_smaller(tmp_path):
     mask, exif, turned = drawn(255, 0, "L"), Image.Exif(), tmp_path / "turned.png"
     mask.save(tmp_path / "upright.png")
-    ratio = b"\x1a\x01\x0a\0\1\0\0\0\x26" + bytes(7) + b"\xff\xff\xff\xff" + bytes(4)  # -1 / 0
-    broken = b"Exif\0\0II*\0\x08\0\0\0\2\0\x12\x01\3\0\1\0\0\0\6\0\0\0" + ratio
-    for exif[0x0112], turn in ((3, "ROTATE_180"), (5, "TRANSPOSE"), (6, "ROTATE_90"), (0, "")):
-        image = mask.transpose(Image.Transpose[turn or "ROTATE_90"])
-        image.save(turned, exif=exif if turn else broken)
+    for exif[0x0112], turn in ((3, "ROTATE_180"), (5, "TRANSPOSE"), (6, "ROTATE_90")):
+        mask.transpose(Image.Transpose[turn]).save(turned, exif=exif)
         assert np.array_equal(gaussad.load_image(turned, DEFECT.shape)[0] > 0, DEFECT)
         for path in (tmp_path / "upright.png", turned):
             assert np.array_equal(gaussad.load_mask(path, DEFECT.shape, turned), DEFECT)
@@ -830,49 +756,35 @@ def draw(path, value=255):
 
 
 def test_samples_and_their_masks_are_found_by_the_conventions(tmp_path):
+    part = tmp_path / unicode_form("NFD", "größe")
     images = ["a.jpg", "a.png", "b.jpg", "c.png", "d.PNG", "deep/e.webp", "f.1.png", "g.png"]
     masks = ["a_mask.png", "b.png", "c.bmp", "d_mask.PNG", "deep/e_mask.tif", "f.1/000.png"]
     for path in [*(f"test/cut/{x}" for x in images), *(f"ground_truth/cut/{x}" for x in masks)]:
-        draw(tmp_path / "part" / path)
-    draw(tmp_path / "part/ground_truth/cut/f.1/001.png", 0)
-    for place in (tmp_path / "part/test/cut/deep", tmp_path / "part/ground_truth/cut/deep"):
+        draw(part / path)
+    draw(part / "ground_truth/cut/f.1/001.png", 0)
+    for place in (part / "test/cut/deep", part / "ground_truth/cut/deep"):
         place.symlink_to(place.rename(tmp_path / f"linked_{place.parent.parent.name}"))
+    links = {"again": ".", "other": "../cut", "h.png": "a.png", "lost.png": "none", "self": "self"}
+    for name, target in links.items():  # which lead to no other image
+        (part / "test/cut" / name).symlink_to(target)
     for other in ("train/Good/a", "train/bad/a", "test/GOOD/a", "test/ok/a", "test/cut/.hidden/a"):
-        draw(tmp_path / f"part/{other}.png")
-    (tmp_path / "part/test/cut/.hidden.png").touch()
-    draw(tmp_path / "part/test/.hidden/a.png")
-    (tmp_path / "part/test/cut/notes.txt").touch()
-    (tmp_path / "part/test/none").mkdir()
-    assert [s.defect for s in gaussad.list_samples(tmp_path, "part", "train")] == ["good"]
-    with pytest.warns(UserWarning) as told:
-        found = gaussad.list_samples(tmp_path, "part", "test")
+        draw(part / f"{other}.png")
+    for hidden in ("test/cut/.hidden.png", "test/.hidden/a.png", "../.trash/test/good/a.png"):
+        draw(part / hidden)
+    (part / "test/cut/notes.txt").touch()
+    (part / "test/none").mkdir()
+    assert gaussad.list_categories(tmp_path) == [part.name]
+    asked = unicode_form("NFC", part.name)
+    assert [s.defect for s in gaussad.list_samples(tmp_path, asked, "train")] == ["good"]
+    with pytest.warns() as told:
+        found = gaussad.list_samples(tmp_path, asked, "test")
     told = str([*map(str, told)])
-    order = r"skipped 1 files .*\(.txt\), such as notes.txt.*none is empty.*ok is treated as"
-    assert re.search(order + ".*part: 1 images share the mask", told)
+    order = r"skipped 3 files .*\(, .png, .txt\), such as lost.png.*none is empty.*ok is treated as"
+    assert re.search(order + ".*größe: 1 images share the mask", told)
     assert [sample.defect for sample in found] == ["good"] + 8 * ["cut"] + ["ok"]
-    assert [s.path for s in found[1:9]] == [tmp_path / "part/test/cut" / x for x in images]
+    assert [s.path for s in found[1:9]] == [part / "test/cut" / x for x in images]
     assert all(gaussad.load_mask(s.mask, 32, s.path).all() for s in found[1:8])
     assert not found[0].mask and not found[8].mask
-
-
-@pytest.mark.parametrize("written, asked", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_links_and_names_in_either_unicode_form_lead_to_each_image_once(written, asked, tmp_path):
-    written, asked = (unicode_form(form, "größe") for form in (written, asked))
-    folder = draw(tmp_path / written / "train/good/a.png").parent
-    draw(folder / "deep/b.png")
-    links = {"one": ".", "two": tmp_path, "same.png": "a.png", "lost.png": "none", "self": "self"}
-    for name, target in links.items():
-        (folder / name).symlink_to(target)
-    draw(tmp_path / ".trash/train/good/a.png")
-    assert gaussad.list_categories(tmp_path) == [written]
-    with pytest.warns(UserWarning, match=r"skipped 2 files .*\(, .png\), such as lost.png"):
-        found = [sample.path for sample in gaussad.list_samples(tmp_path, asked, "train")]
-        assert found == gaussad.list_images([str(folder), found[0], folder / "same.png"])
-    assert found == [folder / "a.png", folder / "deep/b.png"]
-    with pytest.raises(ValueError, match="no category 'x' in .*; there are: größe"):
-        gaussad.list_samples(tmp_path, "x", "train")
-    with pytest.raises(ValueError, match=f"--data {tmp_path}$"):  # the category given for the root
-        gaussad.list_categories(tmp_path / written)
 
 
 def test_held_out_are_a_fifth_rounded_up_but_sixteen_or_half():
@@ -895,22 +807,15 @@ def run(script, *given):
         runpy.run_path(str(HERE / script), run_name="__main__")
 
 
-def in_a_process(function, *given):
-    """Call a function in a process of its own; the exit code."""
-    process = multiprocessing.get_context("forkserver").Process(target=function, args=given)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
 @pytest.fixture
 def cli(capfd):
-    """Run a script; its exit code, output and errors."""
+    """Run a script; its exit code, output and errors. Its warnings are then `cli.told`."""
 
     def call(*given):
         capfd.readouterr()  # of processes before
-        with pytest.raises(SystemExit) as stop:
+        with warnings.catch_warnings(record=True) as told, pytest.raises(SystemExit) as stop:
             run(*given)
+        call.told = [str(warning.message) for warning in told]
         return stop.value.code, *capfd.readouterr()
 
     return call
@@ -938,12 +843,6 @@ def read_metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-def assert_same_bits(detector, expected):
-    found, expected = detector.state_dict(), expected.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in found)
-
-
 def every_check_gains(self, other):
     """In place of Validation.gain_over."""
     return 1.0, 0.5
@@ -963,10 +862,15 @@ def trained(demo, tmp_path_factory):
     """A folder where train.py has run, on data without test images, and kept every check."""
     root = tmp_path_factory.mktemp("trained")
     shutil.copytree(Path(demo[1], "demo/train"), root / "data/demo/train")
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(match="only 32 images to fit"):
+    _, held_out = gaussad.hold_out(gaussad.list_images(root / "data"))
+    black = draw(held_out[3], 0)  # a black frame
+    with pytest.MonkeyPatch.context() as patch, pytest.warns() as told:
         patch.chdir(root)
         patch.setattr(gaussad.Validation, "gain_over", every_check_gains)
         assert train.main(["--data", "data", "--category", "demo", *TINY, "--steps", "3"]) == 0
+    few, outlier = [str(warning.message) for warning in told]  # once, though left out three times
+    times = re.match(f"held-out {black.relative_to(root)} scores (.*) times the median", outlier)[1]
+    assert "only 32 images to fit" in few and float(times) > gaussad.OUTLIER
     return root
 
 
@@ -1013,7 +917,7 @@ def test_train_writes_what_the_library_makes_bit_for_bit(demo, cli, tmp_path):
             assert getattr(check, key) == row[key]
         assert check.validation.auroc == row["auroc"]
         assert check.validation.aurocs == row["auroc_per_augmentation"]
-    assert_same_bits(GaussianAD.load(tmp_path / "demo/detector.pt"), detector)
+    assert same(GaussianAD.load(tmp_path / "demo/detector.pt"), detector)
 
 
 def test_finished_run_is_left_alone_and_no_other_without_force(demo, cli, tmp_path):
@@ -1028,19 +932,18 @@ def test_finished_run_is_left_alone_and_no_other_without_force(demo, cli, tmp_pa
     for name in ("results", "scored"):
         draw(folder / name / "pictures/1.png")
     before = contents(tmp_path / "runs")
-    same = ["--device auto", f"--data {demo[1]}", "--category demo/", "--category demo demo"]
-    for more in (*same, "--workers 1", f"--weights {tmp_path}/b.pth"):
+    same_run = ["--device auto", f"--data {demo[1]}", "--category demo/", "--category demo demo"]
+    for more in (*same_run, "--workers 1", f"--weights {tmp_path}/b.pth"):
         finished = (0, f"{folder} is finished; --force trains anew\n", "")
         assert cli(*given, *more.split()) == finished, more
-    other = ["seed 1", "lr 1e-3", "steps 1", "patience 2", "batch_size 8", "augmentations scar"]
-    other += ["levels 4", "map_levels 4", "covariance diagonal", "image_size 32"]
-    for more in (*other, f"weights {tmp_path}/c.pth", "backbone resnet18", "images"):
-        if more == "images":
-            draw(photos / "000.png", 9)  # as many as before
-        name, *value = more.split()
-        option = [f"--{name.replace('_', '-')}", *value] if value else []
-        message = rf"{folder} has other settings: {name}( \(.*, now .*\))?; --force"
-        assert_one_line(cli(*given, *option), message)
+    other = ["seed 1", "lr 1e-3", "steps 1", "patience 2", "batch-size 8", "augmentations scar"]
+    other += ["levels 4", "map-levels 4", "covariance diagonal", "image-size 32"]
+    for more in (*other, f"weights {tmp_path}/c.pth", "backbone resnet18"):
+        name, value = more.split()
+        message = rf"has other settings: {name.replace('-', '_')} \(.*, now .*\); --force"
+        assert_one_line(cli(*given, f"--{name}", value), f"{folder} {message}")
+    draw(photos / "000.png", 9)  # as many images as before
+    assert_one_line(cli(*given), f"{folder} has other settings: images; --force")
     assert contents(tmp_path / "runs") == before
     assert cli(*given, "--force")[0] == 0
     after = contents(tmp_path / "runs")
@@ -1063,21 +966,23 @@ def run_until_killed(count, *given):
 
 
 # Files are written in this order: detector.pt and checkpoint.pt of steps 0, 2, 3; the last one.
-@pytest.mark.parametrize("count, seed, known", [(3, 0, 1), (6, 0, 2), (2, 1, 3)])
+@pytest.mark.parametrize("count, seed, known", [(3, 0, 1), (6, 0, 2), (2, 1, 0)])
 def test_killed_run_ends_in_the_same_bits(count, seed, known, trained, runs, cli, monkeypatch):
     monkeypatch.setattr(gaussad.Validation, "gain_over", every_check_gains)
     given = ["--data", trained / "data", "--category", "demo", *TINY, "--steps", 3, "--runs", runs]
     draw(runs / "demo/results/pictures/1.png")
-    forced = in_a_process(run_until_killed, count, *given, "--seed", seed, "--force")
-    path, before = runs / "demo/checkpoint.pt", []
-    assert forced == -signal.SIGKILL and path.exists() == (seed == 0)
-    if seed == 0:
-        before = gaussad.load_plain(path)["checks"]
-        assert len(before) == known
+    forced = count, *given, "--seed", seed, "--force"
+    process = multiprocessing.get_context("forkserver").Process(
+        target=run_until_killed, args=forced
+    )
+    process.start()
+    process.join()
+    path = runs / "demo/checkpoint.pt"
+    before = gaussad.load_plain(path)["checks"] if path.exists() else []
+    assert process.exitcode == -signal.SIGKILL and len(before) == known
     code, output, error = cli("train.py", *given)  # with another seed it was another run
     assert code == 0 and re.findall(r"(?m)^ +(\d+) ", output) == ["0", "2", "3"], error
-    a, b = (GaussianAD.load(x / "demo/detector.pt") for x in (trained / "runs", runs))
-    assert_same_bits(a, b)
+    assert same(*(GaussianAD.load(x / "demo/detector.pt") for x in (trained / "runs", runs)))
     assert {x.name for x in path.parent.glob("[!.]*")} == {"detector.pt", "checkpoint.pt"}
     expected, found = (gaussad.load_plain(x) for x in (trained / "runs/demo/checkpoint.pt", path))
     assert found["checks"][: len(before)] == before  # their seconds, too
@@ -1086,31 +991,7 @@ def test_killed_run_ends_in_the_same_bits(count, seed, known, trained, runs, cli
     assert expected == found
 
 
-def test_run_that_is_interrupted_says_where_it_goes_on(demo, cli, tmp_path, monkeypatch):
-    def interrupted(*arguments, whole=gaussad.fine_tune, **options):
-        yield from itertools.islice(whole(*arguments, **options), n)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(gaussad, "fine_tune", interrupted)
-    given, n = [*demo, "--runs", tmp_path], 0
-    for where in ("nothing is saved yet", "goes on from step 2"):
-        code, _, error = cli("train.py", *given, *TINY)
-        assert code == 130 and error.endswith(f"{where}\n")
-        n = 2
-    code, output, error = cli("evaluate.py", *given)  # with the detector so far
-    assert code == 0 and "Training is not finished." in output, error
-
-
-def test_run_that_diverges_ends_in_one_line_and_the_kept_detector_stays(demo, cli, tmp_path):
-    given = ["train.py", *demo, *TINY, "--steps", 4, "--lr", 1e30, "--runs", tmp_path]
-    assert_one_line(cli(*given), "demo: .*not finite: lower the learning rate")
-    before = contents(tmp_path)
-    assert_one_line(cli(*given), "not finite")  # it is resumed, and diverges again
-    assert contents(tmp_path) == before
-    assert cli("evaluate.py", *demo, "--runs", tmp_path)[0] == 0
-
-
-def test_evaluate_writes_scores_verdicts_and_what_thresholds_give(evaluated):
+def test_evaluate_writes_scores_verdicts_and_figures(evaluated):
     e = evaluated
     expected = [e.detector.anomaly_score(e.scores, e.maps), e.scores, e.maps.amax((1, 2))]
     assert relative(e.found, torch.stack(expected, 1)) < 1e-5
@@ -1123,8 +1004,18 @@ def test_evaluate_writes_scores_verdicts_and_what_thresholds_give(evaluated):
         hits = (above & e.labels).sum()
         assert judged["f1"] == pytest.approx(2 * hits / (above.sum() + e.labels.sum()))
     assert [row["verdict"] == "anomalous" for row in e.rows] == above.tolist()
+    for key, values in zip(("both", "", "from_map"), e.found.T):
+        key = f"image_auroc_{key}".rstrip("_")
+        assert e.metrics[key] == pytest.approx(gaussad.auroc(values, e.labels), abs=1e-12)
     for defect, rate in e.metrics["miss_rate_per_defect"].items():
-        assert rate == np.mean([not x for x, s in zip(above, e.samples) if s.defect == defect])
+        own = np.array([sample.defect == defect for sample in e.samples])
+        assert rate == (~above)[own].mean()
+        area = gaussad.auroc(e.found[own | ~e.labels, 0], e.labels[own | ~e.labels])
+        assert e.metrics["image_auroc_per_defect"][defect] == pytest.approx(area, abs=1e-12)
+    known = e.masks.any((1, 2)).numpy() | ~e.labels
+    maps, masks = e.maps[known], e.masks[known]
+    assert e.metrics["pixel_auroc"] == pytest.approx(gaussad.auroc(maps, masks), abs=1e-6)
+    assert e.metrics["aupro"] == pytest.approx(gaussad.aupro(maps, masks), abs=1e-4)
     expected = {"detector_sha256": contents(e.run)[e.run / "detector.pt"], "backbone": BACKBONE}
     expected |= {"image_size": [64, 64], "best_step": 3, "expected_false_alarms": 0.1}
     expected |= {"checks": gaussad.load_plain(e.run / "checkpoint.pt")["checks"]}
@@ -1132,179 +1023,76 @@ def test_evaluate_writes_scores_verdicts_and_what_thresholds_give(evaluated):
     assert e.metrics.items() >= expected.items() and e.metrics.keys() >= {"date", "detector"}
 
 
-def test_words_count_what_is_found_missed_and_rejected():
-    verdicts = {"good": [1, 0, 0], "cut": [1, 0, 0, 1], "dent": [0], "hole": [1]}
-    samples = [gaussad.Sample(Path("x"), kind, None) for kind in verdicts for _ in verdicts[kind]]
-    scores = torch.tensor([[above, 0, 0] for kind in verdicts for above in verdicts[kind]])
-    metrics = {"expected_false_alarms": 0.05, "at_false_alarms": {"0.1": {"miss_rate": 1 / 3}}}
-    metrics |= {"n_anomalous": 6, "n_normal": 3, "training_finished": True}
-    found = evaluate.Scored(samples, [], scores, {}, 0.5, [])
-    assert evaluate.in_words(found, metrics) == (
-        "3 of 6 defective images found, 1 of 3 good ones rejected, at 5 % expected false alarms; "
-        "missed: 2 of 4 cut, 1 of 1 dent; with 10 % expected, 2 would be missed."
-    )
-    words = evaluate.in_words(found._replace(scores=1 + scores), metrics)
-    assert words.startswith("6 of 6 defective images found, 3 of 3 ") and "missed" not in words
-
-
-def test_aurocs_of_evaluate_are_scikit_learns(evaluated):
-    auroc, e = pytest.importorskip("sklearn.metrics").roc_auc_score, evaluated
-    keys = ("image_auroc_both", "image_auroc", "image_auroc_from_map")
-    for key, values in zip(keys, e.found.T):
-        assert e.metrics[key] == pytest.approx(auroc(e.labels, values), abs=1e-12)
-    for defect, value in e.metrics["image_auroc_per_defect"].items():
-        chosen = np.array([sample.defect in ("good", defect) for sample in e.samples])
-        expected = auroc(e.labels[chosen], e.found[chosen, 0])
-        assert value == pytest.approx(expected, abs=1e-12)
-    known = e.masks.any((1, 2)).numpy() | ~e.labels
-    maps, masks = e.maps[known], e.masks[known]
-    expected = auroc(masks.flatten(), maps.flatten())
-    assert known.sum() == 39 and e.metrics["pixel_auroc"] == pytest.approx(expected, abs=1e-6)
-    assert e.metrics["aupro"] == pytest.approx(gaussad.aupro(maps, masks), abs=1e-4)
-
-
-def test_report_shows_figures_pictures_and_a_histogram_with_the_threshold(evaluated):
+def test_report_shows_words_figures_pictures_and_a_histogram_with_the_threshold(evaluated):
     e, page = evaluated, (evaluated.out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"http|<script|<link|src=\"(?!data:)", page)  # needs no other file
+    kinds = Counter((row["label"], row["verdict"]) for row in e.rows)
+    missed = Counter(x["defect"] for x in e.rows if (x["label"], x["verdict"]) == ("1", "normal"))
+    by_kind = ", ".join(f"{n} of 8 {defect}" for defect, n in missed.most_common())
+    words = f"{kinds['1', 'anomalous']} of 24 defective images found, {kinds['0', 'anomalous']} of "
+    words += f"16 good ones rejected, at 10 % expected false alarms; missed: {by_kind}; with 10 % "
+    assert f"{words}expected, {missed.total()} would be missed." in page
     assert all(f"<b>{e.metrics[key]:.1%}</b>" in page for key in evaluate.FIGURES)
-    kinds = Counter((row["verdict"], row["label"]) for row in e.rows)
     assert page.count("<img ") == sum(min(evaluate.SHOWN, n) for n in kinds.values())
-    missed = [i for i in e.found[:, 0].argsort() if e.labels[i]][0]  # worst first
-    assert page.index(f"{e.samples[missed].path.name}: normal") == page.index(": normal") - 7
+    worst = [i for i in e.found[:, 0].argsort() if e.labels[i]][0]  # of the missed, shown first
+    assert page.index(f"{e.samples[worst].path.name}: normal") == page.index(": normal") - 7
     threshold = e.metrics["threshold"]
     low, high = (extreme([*e.found[:, 0], threshold]) for extreme in (min, max))
     line, right = map(float, re.search(r"M([\d.]+) 10V210M50 10V210H(\d+)", page).groups())
     place = (line - 50) / (right - 50) * (high - low) + low
     assert place == pytest.approx(threshold, abs=(high - low) / 3000)
-    bars = [float(x) for x in re.findall(r"<rect .*?height=(\S+)", page)]
-    groups = [e.found[e.labels == label, 0] for label in (False, True)]
-    counts = np.concatenate([np.histogram(x, 40, (low, high))[0] for x in groups])
-    assert relative(bars, counts * max(bars) / max(counts)) < 1e-2
-
-
-def edge(region):
-    """The pixels of a region (H, W) that are at most two from one that is outside."""
-    inner = np.pad(region, 2, constant_values=True)
-    shifts = itertools.product(range(5), repeat=2)
-    return region & ~np.all([inner[i : i + 64, j : j + 64] for i, j in shifts], axis=0)
 
 
 def test_pictures_sort_as_the_scores_and_outline_true_and_predicted_regions(evaluated):
+    erode = pytest.importorskip("scipy.ndimage").binary_erosion
     e, names = evaluated, sorted(os.listdir(evaluated.out / "pictures"))
     limit = gaussad.tail_quantile(e.detector.held_out_scores[:, 1], 0.9)
     for name, sample, heat, mask in zip(names, e.samples, e.maps, e.masks, strict=True):
         picture = np.asarray(Image.open(e.out / "pictures" / name))
         plain, painted = picture[:, :64], picture[:, -64:]
         assert (plain == np.asarray(Image.open(sample.path).convert("RGB"))).all()
-        true, predicted = edge(mask.numpy() > 0), edge(heat.numpy() > limit)
+        regions = mask.numpy() > 0, heat.numpy() > limit  # their outlines are two pixels wide
+        true, predicted = (x & ~erode(x, np.ones((5, 5)), border_value=1) for x in regions)
         assert ((painted == evaluate.TRUE).all(-1) == true).all()
         assert ((painted == evaluate.PREDICTED).all(-1) == predicted & ~true).all()
 
 
-def test_evaluation_that_fails_leaves_the_old_results(runs, demo, cli, tmp_path, monkeypatch):
+def test_evaluation_or_training_that_fails_keeps_what_was_there(runs, demo, cli, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
     shutil.copytree(demo[1], tmp_path / "data")
     given = ["--data", tmp_path / "data", *demo[2:], "--runs", runs]
     stain, normal = tmp_path / "data/demo/test/stain", tmp_path / "data/demo/train/good"
+    train_anew = ["train.py", *given, *TINY, "--force"]
     assert cli("evaluate.py", *given, "--pictures")[0] == 0
     assert cli("evaluate.py", *given[2:], "--images", stain, "--pictures")[0] == 0
     before = contents(runs)
-    with monkeypatch.context() as patch:
-        patch.setattr(gaussad, "aupro", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gaussad, "aupro", interrupted)
         assert cli("evaluate.py", *given)[0] == 130
+        patch.setattr(gaussad, "fine_tune", interrupted)
+        code, _, error = cli(*train_anew)
+        assert code == 130 and "interrupted; nothing is saved yet, without --force" in error
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as python -W error
+        assert_one_line(cli("evaluate.py", *given), "^evaluate.py: error: demo: .*pixel figures")
+        assert_one_line(cli(*train_anew), "^train.py: error: demo: only 32 images to fit")
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for command in (["evaluate.py", *given], train_anew):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))  # as a disk that is full
+        result = cli(*command)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert_one_line(result, f"File too large: {runs}/demo/.*(detector|results).*: check this")
     os.truncate(stain / "007.png", 200)  # the last one
     assert_one_line(cli("evaluate.py", *given, "--batch-size", 9), "cannot read .*stain/007.png")
     os.truncate(normal / "003.png", 200)
-    assert_one_line(cli("train.py", *given, *TINY, "--force"), "cannot read .*good/003.png")
+    assert_one_line(cli(*train_anew), "cannot read .*good/003.png")
     assert contents(runs) == before
-    assert cli("evaluate.py", *given[2:], "--images", normal / "000.png")[0] == 0
-    names = {path.name for path in contents(runs / "demo/scored")}  # no picture of before
-    assert names == {"metrics.json", "scores.csv", "report.html"}
 
 
-def test_two_evaluations_at_once_leave_the_results_of_one(runs, demo, cli, monkeypatch):
-    place, given, others = runs / "demo/results", ["evaluate.py", *demo, "--runs", runs], []
-
-    def replace(source, target, whole=os.replace):
-        """Let another evaluation end before results are replaced, and while there are none."""
-        if Path(target) == place and len(others) < 2 and place.exists() == (not others):
-            others.append(in_a_process(run, *given, "--false-alarms", f"0.{2 + len(others)}"))
-        whole(source, target)
-
-    assert cli(*given, "--pictures")[0] == 0
-    monkeypatch.setattr(os, "replace", replace)
-    assert cli(*given, "--false-alarms", 0.1)[0] == 0 and others == [0, 0]
-    metrics, (rows, found) = read_metrics(place), read_scores(place)
-    above = found[:, 0] > metrics["threshold"]
-    assert [row["verdict"] == "anomalous" for row in rows] == above.tolist()
-    rate = f"at {100 * metrics['expected_false_alarms']:.0f} % expected false alarms"
-    assert rate in (place / "report.html").read_text()
-    assert sorted(os.listdir(place)) == ["metrics.json", "report.html", "scores.csv"]
-    assert sorted(os.listdir(place.parent)) == ["checkpoint.pt", "detector.pt", "results"]
-
-
-def test_inbox_that_is_emptied_ends_in_a_report_of_what_was_read(runs, cli, tmp_path, monkeypatch):
-    paths = [draw(tmp_path / f"inbox/{i}.png", i) for i in range(8)]
-
-    def load(path, size, whole=gaussad.load_image):
-        for other in {*paths} - {path}:
-            other.unlink(missing_ok=True)
-        return whole(path, size)
-
-    monkeypatch.setattr(gaussad, "load_image", load)
-    given = ["--category", "demo", "--runs", runs, "--images", tmp_path / "inbox", "--workers", 1]
-    code, output, error = cli("evaluate.py", *given)
-    assert code == 2 and len(re.findall("(?m)^.*cannot read .*inbox", error)) == 7
-    assert "7 images could not be read." in output
-    assert [row["path"] for row in read_scores(runs / "demo/scored")[0]] == [str(paths[0])]
-    assert read_metrics(runs / "demo/scored")["n_unreadable"] == 7
-
-
-def run_without_reader(at_once, errors, *given):
-    """Run a script whose output nobody reads: the pipe breaks at once, or when it is flushed."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    os.dup2(writing, 1)
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    sys.stdout = open(1, "w", buffering=1 if at_once else -1, closefd=False)  # noqa: SIM115
-    run(*given)
-
-
-@pytest.mark.parametrize("at_once", [True, False])
-def test_closed_pipe_loses_no_results(at_once, trained, runs, demo, tmp_path):
-    for name in ("a", "b"):
-        shutil.copytree(Path(demo[1], "demo/test"), tmp_path / "data" / name / "test")
-        shutil.copytree(runs / "demo", runs / name)
-    given = ["evaluate.py", "--data", tmp_path / "data", "--category", "all"]
-    finished = ["train.py", "--data", trained / "data", *demo[2:], *TINY, "--steps", 3]
-    for script in (given, finished):
-        in_a_process(run_without_reader, at_once, tmp_path / "errors", *script, "--runs", runs)
-        assert not re.search("Error|Traceback|Exception", (tmp_path / "errors").read_text())
-    assert re.search("\na,.*\nb,.*\nmean,", (runs / "results.csv").read_text())
-    assert (runs / "b/results/report.html").exists()
-
-
-def test_next_batch_is_decoded_while_one_is_scored_but_no_more(runs, demo, cli, monkeypatch):
-    read, ahead = [], []
-
-    def load(path, size, whole=gaussad.load_image):
-        read.append(path)
-        return whole(path, size)
-
-    def scores_and_maps(self, images, whole=GaussianAD.scores_and_maps):
-        before, end = 8 * len(ahead), time.monotonic() + 10
-        while len(read) < min(40, before + 16) and time.monotonic() < end:
-            time.sleep(0.01)
-        time.sleep(0.05)  # to read on, if anything does
-        ahead.append(len(read) - before)
-        return whole(self, images)
-
-    monkeypatch.setattr(gaussad, "load_image", load)
-    monkeypatch.setattr(GaussianAD, "scores_and_maps", scores_and_maps)
-    assert cli("evaluate.py", *demo, "--runs", runs, "--batch-size", 8, "--workers", 3)[0] == 0
-    assert ahead == [16, 16, 16, 16, 8]
-
-
-def test_contradictions_in_a_data_set_are_told_with_their_count(demo, runs, cli, tmp_path):
+def test_contradictions_in_a_data_set_are_told_with_their_count(demo, trained, runs, cli, tmp_path):
     root = shutil.copytree(Path(demo[1], "demo"), tmp_path / "demo")
     test, truth = root / "test", root / "ground_truth"
     for i in range(5):
@@ -1312,46 +1100,25 @@ def test_contradictions_in_a_data_set_are_told_with_their_count(demo, runs, cli,
     for i in range(2):
         shutil.copy(test / f"stain/{i:03d}.png", test / f"scratch/again{i}.png")
         draw(truth / f"scratch/again{i}_mask.png", 255)  # as some of transistor's: all of it
-    shutil.copy(test / "scratch/000.png", test / "scratch/001.jpg")
     for path in (truth / "good/000_mask.png", test / "stain/000_mask.png"):
         draw(path)
-    (test / "dent/deep").mkdir(parents=True)
     given = ["evaluate.py", "--category", "demo", "--runs", runs, "--data", tmp_path]
-    with pytest.warns() as told:
-        assert cli(*given)[0] == 0
-    assert [re.sub(r"demo: |[;:] .*|\.$| and is.*", "", str(x.message)) for x in told] == [
-        f"{test}/dent is empty and left out",
-        "2 images share the mask of another of the same name",
+    assert cli(*given)[0] == 0
+    assert [re.sub(r"demo: |[;:] .*|\.$| and is.*", "", message) for message in cli.told] == [
+        "1 images share the mask of another of the same name",
         "5 of these images were trained on",
         "pixel figures leave out 1 images whose mask is missing or empty",
         "1 masks of good images are ignored",
         "1 masks lie among the images and are scored",
         "2 images lie in a second folder of test/, too",
     ]
-    assert len(read_scores(runs / "demo/results")[0]) == 44
     for path in truth.glob("*/00?_mask.png"):
         Image.eval(Image.open(path).convert("L"), lambda value: 255 - value).save(path)
-    with pytest.warns(match=r"demo: 2\d of 2\d masks mark more than half .*are they inverted\?"):
-        assert cli(*given)[0] == 0
-    with pytest.warns(match="demo: 48 of these images were trained on"):
-        assert cli(*given[:-2], "--images", root / "train")[0] == 0
-    Image.new("L", (64, 32), 255).save(truth / "stain/001_mask.png")
-    message = "stain/001_mask.png: the mask is 64 x 32, the image 64 x 64"
-    assert_one_line(cli(*given), message)
-
-
-def test_black_frame_among_the_normal_images_is_named_once(demo, cli, tmp_path, monkeypatch):
-    photos = shutil.copytree(Path(demo[1], "demo/train/good"), tmp_path / "photos")
-    black, paths = draw(photos / "005.png", 0), gaussad.list_images([photos])
-    seed = next(i for i in itertools.count() if black in gaussad.hold_out(paths, i)[1])
-    monkeypatch.setattr(gaussad.Validation, "gain_over", every_check_gains)
-    given = ["--normal", photos, "--category", "mine", "--runs", tmp_path, "--seed", seed]
-    with pytest.warns() as told:
-        assert cli("train.py", *given, *TINY, "--steps", 3)[0] == 0
-    told = [str(x.message) for x in told if "held-out" in str(x.message)]
-    times = re.match(rf"held-out {black} scores (.*) times the median of held-out images", *told)[1]
-    assert float(times) > 2.5
-    assert len(GaussianAD.load(tmp_path / "mine/detector.pt").held_out_scores) == 15
+    assert cli(*given)[0] == 0
+    inverted = r"demo: 2\d of 2\d masks mark more than half .*are they inverted\?"
+    assert any(re.match(inverted, message) for message in cli.told)
+    assert cli(*given[:-2], "--images", trained / "data")[0] == 0
+    assert cli.told == ["demo: 48 of these images were trained on: their scores mean little"]
 
 
 def test_several_categories_shared_by_torchrun_are_tabulated_though_one_fails(demo, cli, tmp_path):
@@ -1360,21 +1127,18 @@ def test_several_categories_shared_by_torchrun_are_tabulated_though_one_fails(de
         shutil.copytree(Path(demo[1], "demo"), tmp_path / "data" / name)
     for lacking in ("test/good", "test/stain", "ground_truth"):
         shutil.rmtree(tmp_path / "data/disc" / lacking)
-    draw(tmp_path / "data/disc/ground_truth/scratch/003_mask.png", 0)
     given = ["--data", str(tmp_path / "data"), "--runs", str(tmp_path), "--category", "all"]
     options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
     launch = LaunchConfig(1, 1, 2, start_method="forkserver", **options)
     with pytest.raises(ChildFailedError) as failed:  # once the other one is done
         elastic_launch(launch, run)("train.py", *given, *TINY, "--steps", "2")
     assert {rank: failure.exitcode for rank, failure in failed.value.failures.items()} == {1: 2}
-    with pytest.warns(match="disc: no good test images"):
-        code, output, error = cli("evaluate.py", *given)
+    code, output, error = cli("evaluate.py", *given)
     assert code == 2 and re.search("no detector .*empty/detector.pt; there are: disc, pl", error)
+    assert any("disc: no good test images" in message for message in cli.told)
     disc, plate = (read_metrics(tmp_path / name / "results") for name in ("disc", "plate"))
     assert disc["image_auroc_both"] is disc["pixel_auroc"] is disc["false_alarm_rate"] is None
-    assert disc["n_without_mask"] == 16 and plate["n_without_mask"] == 1
-    before = (tmp_path / "results.csv").read_text()
-    rows = {row["category"]: row for row in csv.DictReader(before.splitlines())}
+    rows = {row["category"]: row for row in csv.DictReader((tmp_path / "results.csv").open())}
     assert [*rows] == ["disc", "plate", "mean", "standard_error"]
     assert float(rows["plate"]["aupro"]) == float(rows["mean"]["aupro"]) == plate["aupro"]
     assert rows["disc"]["aupro"] == rows["standard_error"]["aupro"] == ""
@@ -1383,8 +1147,6 @@ def test_several_categories_shared_by_torchrun_are_tabulated_though_one_fails(de
     error = np.std(misses, ddof=1) / np.sqrt(2)
     assert float(rows["standard_error"]["miss_rate"]) == pytest.approx(error)
     assert re.search(rf"(?m)^mean .* {np.mean(misses):.3f} ", output)
-    assert cli("evaluate.py", *given[:-1], "plate")[0] == 0
-    assert (tmp_path / "results.csv").read_text() == before  # one category is no table
 
 
 def test_own_images_by_any_name_are_trained_on_and_scored_but_for_one(demo, cli, tmp_path):
@@ -1394,15 +1156,13 @@ def test_own_images_by_any_name_are_trained_on_and_scored_but_for_one(demo, cli,
     for i, name in enumerate([*names, "copy.png"]):
         draw(images / name, 40 + i % 4)
     (images / "dangling.png").symlink_to("nowhere")
-    (images / "._003.png").write_text("not an image")
     names += ["copy.png", *(f"{i:03d}.png" for i in range(48)), stain.name]
     common = ["--category", "mine größe", "--runs", tmp_path]
     given = ["train.py", "--normal", images, *common, *TINY, "--steps", 0]
-    with pytest.warns() as told:
-        code, output, error = cli(*given)
+    code, output, error = cli(*given)
     assert code == 0 and "evaluate.py --images PATH --category 'mine größe' --runs" in output, error
-    told = str([*map(str, told)])
-    assert re.search("skipped 1 .*dangling.* as normal: ., in a folder.*1 of 53 .* copies", told)
+    told = "skipped 1 .*dangling.* as normal: ., in a folder.*1 of 53 .* copies"
+    assert re.search(told, " ".join(cli.told))
     (images / "br\noken_\udcff.png").touch()
     assert_one_line(cli(*given, "--force"), "cannot read .*br oken_")
     given, folder = ["evaluate.py", *common, "--images"], tmp_path / "mine größe/scored"
@@ -1412,136 +1172,100 @@ def test_own_images_by_any_name_are_trained_on_and_scored_but_for_one(demo, cli,
     assert sorted(Path(row["path"]).name for row in rows) == sorted(names)
     assert len(os.listdir(folder / "pictures")) == len(names)
     assert re.search(rf"{found[-1, 0]:.2f} +{rows[-1]['verdict']} +{stain}\n", result[1])
-    printed = [float(x) for x in re.findall(r"(?m)^ *(-?\d+\.\d\d) (?:normal|anom)", result[1])]
-    assert printed == sorted(printed, reverse=True) and len(printed) == len(names)
+    ranked = sorted(found[:, 0], reverse=True)
+    printed = re.findall(r"(?m)^ *(-?\d+\.\d\d) (?:normal|anom)", result[1])
+    assert printed == [f"{x:.2f}" for x in ranked]
     n = sum(row["verdict"] == "anomalous" for row in rows)
-    words, page = f"{n} of {len(names)} images are called anomalous", folder / "report.html"
-    assert words in result[1] and words in page.read_text()
-    assert page.read_bytes().count(b"<img ") == evaluate.SHOWN
+    words = f"{n} of {len(names)} images are called anomalous"
+    page = (folder / "report.html").read_text(encoding="utf-8", errors="surrogateescape")
+    assert words in result[1] and words in page and "1 images could not be read." in page
+    pictured = re.findall(r"<img .*?: \w+, score (\S+), ", page)  # the most anomalous
+    assert pictured == [f"{x:.1f}" for x in ranked[: evaluate.SHOWN]]
     before = contents(folder)
     assert cli(*given, images / "br\noken_\udcff.png")[0] == 2 and contents(folder) == before
 
 
-def test_network_of_a_python_file_imports_its_neighbour(demo, runs, cli, tmp_path):
-    file = tmp_path / "network.py"
-    (tmp_path / "my_layers.py").write_text(
+def test_network_of_a_python_file_imports_its_neighbour(demo, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file, neighbour, path = Path("network.py"), Path("my_layers.py"), list(sys.path)
+    neighbour.write_text(
         "from torch import manual_seed, nn\nmanual_seed(1)\nsizes = (3, 8), (8, 12), (12, 16)\n"
         "stages = [nn.Sequential(nn.Conv2d(*x, 5, 2, 2), nn.ReLU()) for x in sizes]\n"
     )
-    file.write_text("from my_layers import stages\nmean, std = [0.5] * 3, [0.2] * 3\n")
-    given = [*demo, "--runs", tmp_path, "--backbone", file]
+    file.write_text(content := "from my_layers import stages\nmean, std = [0.5] * 3, [0.2] * 3\n")
+    given = [*demo, "--backbone", file]
     code, output, error = cli("train.py", *given, "--image-size", 64, "--steps", 2)
     assert code == 0, error
     command = re.search("python (evaluate.py .*)", output)[1].split()  # what it says to do next
     assert str(file) in command and cli(*command)[0] == 0
-    assert_one_line(cli("evaluate.py", *given[:-2]), "your own network: give its extractor")
-    file.write_text("stages = [1 / 0]")
-    for script, more in (("train.py", ["--force"]), ("evaluate.py", [])):
-        code, _, error = cli(script, *given, *more, "--category", "demo", "more")
-        lines = (
-            f"{script}: error: demo: cannot run {file}: ZeroDivisionError: .*\n.*error: more: .*\n"
-        )
-        assert code == 2 and re.fullmatch(lines, error), error
+    assert_one_line(cli("evaluate.py", *demo), "your own network: give its extractor")
+    broken = {"1 / 0": "cannot run network.py: ZeroDivisionError: .*; it must define"}
+    broken |= {"del std": "cannot run network.py: KeyError", "stages[1] = stages[0]": "module 2"}
+    for more, message in broken.items():
+        file.write_text(content + more)
+        for script, force in (("train.py", ["--force"]), ("evaluate.py", [])):
+            code, _, error = cli(script, *given, *force, "--category", "demo", "more")
+            lines = f"{script}: error: demo: {message}.*\n{script}: error: more: .*\n"
+            assert code == 2 and re.fullmatch(lines, error), error
+    file.write_text(content)
+    neighbour.write_text(neighbour.read_text().replace("16", "160"))
+    assert FeatureExtractor(str(file)).stages[2][0].out_channels == 160  # as it is now
+    assert sys.path == path
 
 
-def test_detector_of_images_that_are_not_square_is_used(demo, runs, cli):
-    paths = [sample.path for sample in gaussad.list_samples(demo[1], "demo", "train")]
-    images = torch.stack([gaussad.load_image(path, (64, 128)) for path in paths])
-    detector = GaussianAD(FeatureExtractor(BACKBONE, [4, 9], "random"))
-    detector.fit([images[:32]]).calibrate(images[32:]).save(runs / "demo/detector.pt")
-    assert cli("evaluate.py", *demo, "--runs", runs)[0] == 0
-    assert read_metrics(runs / "demo/results")["image_size"] == [64, 128]
-
-
-def test_warning_that_is_made_an_error_is_one_line(demo, runs, cli, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # as python -W error
-        result = cli("train.py", *demo, *TINY, "--runs", tmp_path / "new")
-        assert_one_line(result, "^train.py: error: demo: only 32 images to fit")
-        result = cli("evaluate.py", *demo, "--runs", runs)
-        assert_one_line(result, "^evaluate.py: error: demo: .*pixel figures leave out 1 images")
-    assert len(contents(tmp_path)) == 2  # nothing is written
-
-
-def test_scores_that_are_not_finite_are_no_verdict(demo, runs, cli):
-    path = runs / "demo/detector.pt"
-    content = gaussad.load_plain(path)
-    network = {**content["network"], "mean": torch.full((3, 1, 1), torch.nan)}
-    for nan in ({"held_out_scores": torch.full((16, 2), torch.nan)}, {"network": network}):
-        gaussad.save_plain({**content, **nan}, path)
-        assert_one_line(cli("evaluate.py", *demo, "--runs", runs), "NaN")
-        assert not (path.parent / "results").exists()
-
-
-def test_demo_ends_in_a_detector_better_than_chance(cli, tmp_path):
-    given = ["--demo", "--image-size", "64", "--steps", "0", "--runs", tmp_path]
-    assert cli("train.py", *given)[0] == 0
+def test_demo_ends_in_a_detector_better_than_chance_though_its_pipe_is_closed(
+    tmp_path, monkeypatch
+):
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does
+    given = ["--demo", "--image-size", "64", "--steps", "0", "--runs", str(tmp_path)]
+    with open(writing, "w") as nobody_reads, pytest.warns(match="only 32 images to fit"):
+        monkeypatch.setattr(sys, "stdout", nobody_reads)
+        assert train.main(given) == 0
     assert read_metrics(tmp_path / "demo/results")["image_auroc_both"] > 0.7
 
 
 @pytest.fixture(scope="module")
 def broken(demo, trained, tmp_path_factory):
-    """A folder of what can be wrong with data, weights and runs."""
+    """A folder of what can be wrong with data and runs."""
     root = tmp_path_factory.mktemp("broken")
-    (root / "empty/train/good").mkdir(parents=True)
-    shutil.copytree(Path(demo[1], "demo/train"), root / "truncated/train")
-    os.truncate(root / "truncated/train/good/003.png", 200)
-    shutil.copytree(Path(demo[1], "demo/test/good"), root / "photos/good")
-    torch.save(models.get_model(BACKBONE).state_dict(), root / "weights.pth")
     (root / "file").write_text("of text")
-    for path in (root / f"runs/{x}/demo/{y}.pt" for x in "td" for y in ("detector", "checkpoint")):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / ("file" if "/t/" in str(path) else "weights.pth"), path)
-    shutil.copytree(trained / "runs/demo", root / "photos/runs/demo")
+    shutil.copytree(Path(demo[1], "demo/test/good"), root / "photos/good")
+    for run in ("photos/runs/demo", "old/demo"):
+        shutil.copytree(trained / "runs/demo", root / run)
+    gaussad.save_plain({"version": 1}, root / "old/demo/checkpoint.pt")
+    for name in ("results", "scored/deep"):
+        draw(root / "photos/runs/demo" / name / "1.png")
     return root
 
 
 ON_DEMO = "--data DATA --category demo"
 
 
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ("train.py --data ROOT/nowhere --category demo", "no categories in .*nowhere"),
-        ("train.py --data DATA/demo --category demo", "no categories in .*; try --data .*/demo0$"),
-        ("train.py --data DATA --category screw", "screw: no category 'screw'.*there are: demo"),
-        ("train.py --data ROOT --category empty", "no images in .*empty/train/good"),
-        ("train.py --data ROOT --category truncated", "truncated/train/good/003.png"),
-        ("train.py --data DATA", "--category is missing"),
-        (f"train.py {ON_DEMO} --levels 0 3", "the levels 1 to 13"),
-        (f"train.py {ON_DEMO} --lr inf", "--lr must be from 0"),
-        (f"train.py {ON_DEMO} --normal ROOT/nowhere", "not allowed with argument"),
-        (f"train.py {ON_DEMO} --backbone mobilenet_v22", "did you mean mobilenet_v2"),
-        (f"train.py {ON_DEMO} --weights ROOT/weights.pth --backbone resnet18", "does not fit the"),
-        (f"train.py {ON_DEMO} --runs ROOT/file", "Not a directory: .*/file/demo.*: check this"),
-        (
-            f"train.py {ON_DEMO} --runs DATA/demo/test/good",
-            "lies in .*/test, whose images are read",
-        ),
-        (f"train.py {ON_DEMO} --runs ROOT/runs/t", "checkpoint.pt was not written by torch.save"),
-        (f"train.py {ON_DEMO} --runs ROOT/runs/d", "is not of this version of train.py"),
-        (f"train.py {ON_DEMO} --dem", "unrecognized"),
-        ("train.py --normal ROOT/photos --category a b", "--normal needs one --category"),
-        ("train.py --normal ROOT/file --category a", "file is a file: give a folder"),
-        ("train.py --normal DATA --category a", "looks like a data set: give --data"),
-        ("train.py --normal ROOT/photos --category x --runs ROOT/photos/deep", "images are read"),
-        ("train.py --normal ROOT/photos --category photos/ --runs ROOT", "images are read"),
-        ("evaluate.py --images ROOT/photos --category demo --runs ROOT/photos/runs", "are read"),
-        ("evaluate.py --images ROOT/x --category demo --runs RUNS", "/x does not exist"),
-        ("evaluate.py --images DATA --category x --runs RUNS", "x/detector.pt; there are: demo"),
-        ("evaluate.py --images DATA --category a b --runs RUNS", "--images needs one --category"),
-        ("evaluate.py --data ROOT --category demo --runs RUNS", "no category 'demo' in .*: empty"),
-        ("evaluate.py --data RUNS/../data --category demo --runs RUNS", "no images in .*demo/test"),
-        (f"evaluate.py {ON_DEMO} --runs DATA/demo/ground_truth", "whose images are read"),
-        (f"evaluate.py {ON_DEMO} --runs ROOT", "no detector .*/demo/detector.pt; run train.py"),
-        (f"evaluate.py {ON_DEMO} --runs ROOT/runs/t", "detector.pt was not written by torch.save"),
-        (f"evaluate.py {ON_DEMO} --runs ROOT/runs/d", "holds no detector of this version"),
-        (f"evaluate.py {ON_DEMO} --runs RUNS --false-alarms 5", "between 0 and 1"),
-        (f"evaluate.py {ON_DEMO} --runs RUNS --image-size 5", "unrecognized arguments"),
-    ],
-)
+BAD_INPUT = [
+    ("train.py --data DATA/demo --category demo", "no categories in .*; try --data .*/demo0$"),
+    ("train.py --data DATA --category screw", "screw: no category 'screw'.*there are: demo"),
+    ("train.py --data DATA --category ../x", "--category '../x' is not the name of a folder"),
+    (f"train.py {ON_DEMO} --backbone own.py", "--weights is for torchvision's networks"),
+    (f"train.py {ON_DEMO} --runs ROOT/file", "Not a directory: .*/file/demo.*: check this"),
+    (f"train.py {ON_DEMO} --runs DATA/demo/test/good", "lies in .*/test, whose images are re"),
+    (f"train.py {ON_DEMO} --runs ROOT/old", "is not of this version of train.py"),
+    ("train.py --normal DATA --category a", "looks like a data set: give --data"),
+    ("train.py --normal ROOT/photos --category photos/ --runs ROOT", "images are read"),
+    ("train.py --normal MINE/demo/scored/deep --category demo --runs MINE", "in results of"),
+    ("evaluate.py --images MINE/demo/results --category demo --runs MINE", "in results of"),
+    ("evaluate.py --images ROOT/photos --category demo --runs MINE", "images are read"),
+    ("evaluate.py --images ROOT/x --category demo --runs RUNS", "/x does not exist"),
+    ("evaluate.py --images DATA --category / --runs RUNS", "--category '' is not the name"),
+    ("evaluate.py --images DATA --category x --runs RUNS", "x/detector.pt; there are: demo"),
+    (f"evaluate.py {ON_DEMO} --runs ROOT", "no detector .*/demo/detector.pt; run train.py"),
+]
+
+
+@pytest.mark.parametrize("given, message", BAD_INPUT)
 def test_bad_input_is_told_in_one_line(given, message, broken, demo, trained, cli, tmp_path):
-    for name, path in {"ROOT": broken, "DATA": demo[1], "RUNS": trained / "runs"}.items():
+    places = {"ROOT": broken, "MINE": broken / "photos/runs", "DATA": demo[1]}
+    for name, path in {**places, "RUNS": trained / "runs"}.items():
         given = given.replace(name, str(path))
     script, *more = given.split()
     options = [*TINY, "--steps", "2"] if script == "train.py" else []
@@ -1550,58 +1274,27 @@ def test_bad_input_is_told_in_one_line(given, message, broken, demo, trained, cl
     assert contents(broken) | contents(trained) == before and not os.listdir(tmp_path)
 
 
-def test_full_disk_keeps_what_was_there(runs, demo, cli):
-    resource = pytest.importorskip("resource")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert cli("evaluate.py", *demo, "--runs", runs)[0] == 0
-    before = contents(runs)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))  # bytes of a file, at most
-        for script, more in (("evaluate.py", []), ("train.py", [*TINY, "--force"])):
-            message = f"File too large: {runs}/demo/.*(detector|results).*: check this path"
-            assert_one_line(cli(script, *demo, "--runs", runs, *more), message)
-            assert contents(runs) == before, script
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-
-
 # ---- The real thing ----------------------------------------------------------------------------
 
 DATA, WEIGHTS = os.environ.get("GAUSSAD_DATA"), os.environ.get("GAUSSAD_WEIGHTS")
 real = pytest.mark.skipif(not (DATA and WEIGHTS), reason="GAUSSAD_DATA or _WEIGHTS is not set")
 
 
-@torch.inference_mode()
-def frozen(extractor, map_levels, category, size):
-    """The detector; of the test images the samples, whether they are defects, scores and maps."""
-    normal, test = (gaussad.list_samples(DATA, category, split) for split in ("train", "test"))
-    paths = *gaussad.hold_out([sample.path for sample in normal]), [sample.path for sample in test]
-    fit, held_out, images = (gaussad.load_images(part, size) for part in paths)
-    detector = GaussianAD(extractor, map_levels).fit(fit.split(16)).calibrate(held_out)
-    found = zip(*[detector.scores_and_maps(batch) for batch in images.split(16)])
-    return detector, test, torch.tensor([s.defect != "good" for s in test]), *map(torch.cat, found)
-
-
 @real
+@torch.inference_mode()
 def test_frozen_mobilenet_on_screw_agrees_with_an_independent_program():
     levels = [2, 4, 7, 11, 14, 17, 18, 19]  # what the independent program had
-    extractor = FeatureExtractor("mobilenet_v2", levels, WEIGHTS)
-    _, test, labels, scores, maps = frozen(extractor, [14], "screw", 320)
-    assert 100 * gaussad.auroc(scores, labels) == pytest.approx(77.5, abs=2)
+    detector = GaussianAD(FeatureExtractor("mobilenet_v2", levels, WEIGHTS), [14])
+    normal, test = (gaussad.list_samples(DATA, "screw", split) for split in ("train", "test"))
+    fit, _ = gaussad.hold_out([sample.path for sample in normal])
+    detector.fit(gaussad.load_images(fit, 320).split(16))
+    images = gaussad.load_images([sample.path for sample in test], 320).split(16)
+    scores, maps = map(torch.cat, zip(*map(detector.scores_and_maps, images)))
     masks = torch.zeros(len(test), 320, 320, dtype=torch.bool)
     for mask, sample in zip(masks, test):
         if sample.mask:
             mask[:] = gaussad.load_mask(sample.mask, 320, sample.path)
+    labels = torch.tensor([sample.defect != "good" for sample in test])
+    assert 100 * gaussad.auroc(scores, labels) == pytest.approx(77.5, abs=2)
     assert 100 * gaussad.auroc(maps, masks) == pytest.approx(98.5, abs=0.5)
     assert 100 * gaussad.aupro(maps, masks) == pytest.approx(93.7, abs=1)
-
-
-@real
-def test_efficientnet_lite0_on_transistor_through_ones_own_network(monkeypatch):
-    monkeypatch.syspath_prepend(Path(WEIGHTS).parent.parent / "tools")
-    lite = pytest.importorskip("efficientnet_lite")
-    extractor = FeatureExtractor(list(lite.lite0().features), mean=lite.MEAN, std=lite.STD)
-    assert extractor.levels == [5, 6, 7, 8, 9]
-    detector, _, labels, scores, maps = frozen(extractor, None, "transistor", 256)
-    assert 100 * gaussad.auroc(scores, labels) == pytest.approx(97.2, abs=1)
-    assert gaussad.auroc(detector.anomaly_score(scores, maps), labels) > 0.99
