@@ -293,7 +293,7 @@ class GaussianAD(nn.Module):
         afterwards makes better Gaussians, and thresholds slightly on the high side. An image whose
         pooled score or maximum of the map is over OUTLIER times the median, such as a black frame,
         is left out with a warning, as it would decide mean, deviation and tail, and defects would
-        pass. On seventeen clean sets one image was left out (*ours*)."""
+        pass; leave it out of a later fit, too. On seventeen clean sets that was one image (*ours*)."""
         check_images(held_out)
         warn_of_outliers(self._calibrate(self._features_of(held_out.split(batch_size))))
         return self
