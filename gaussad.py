@@ -293,7 +293,7 @@ class GaussianAD(nn.Module):
         afterwards makes better Gaussians, and thresholds slightly on the high side. An image whose
         pooled score or maximum of the map is over OUTLIER times the median, such as a black frame,
         is left out with a warning, as it would decide mean, deviation and tail, and defects would
-        pass; leave it out of a later fit, too. On seventeen clean sets that was one image (*ours*)."""
+        pass (a later fit should lack it, too). On seventeen clean sets one image was (*ours*)."""
         check_images(held_out)
         warn_of_outliers(self._calibrate(self._features_of(held_out.split(batch_size))))
         return self
@@ -322,7 +322,10 @@ class GaussianAD(nn.Module):
         over_median = (scores / scores.median(0).values).amax(1)
         usual = scores[over_median <= OUTLIER]
         if len(usual) < 3 or not (usual.std(0) > 0).all():  # NaN is not above 0 either
-            raise ValueError("calibration needs at least three held-out images that differ")
+            left = f"{len(usual)} of {len(scores)} are no outliers"
+            raise ValueError(
+                f"calibration needs at least three held-out images that differ: {left}"
+            )
         self.held_out_scores = usual
         return {i: x for i, x in enumerate(over_median.tolist()) if x > OUTLIER}
 
@@ -1133,11 +1136,8 @@ def load_plain(path: str | Path | BinaryIO) -> dict:
         raise
     except Exception as error:  # the unpickler may raise anything on other files
         reason = "was not written by torch.save, or is damaged: give another"
-        if (
-            packed
-            and not isinstance(error, zipfile.BadZipFile)
-            or "Unsupported global" in str(error)
-        ):
+        damaged = isinstance(error, zipfile.BadZipFile)
+        if (packed and not damaged) or "Unsupported global" in str(error):
             reason = "holds more than tensors: save its state_dict()"
         raise ValueError(f"{name} {reason}") from error
     if not isinstance(content, dict):

@@ -197,14 +197,11 @@ def fine_tune_and_save(
     options = {x: getattr(args, x) for x in ("steps", "lr", "patience", "seed", "batch_size")}
     options["augmentations"] = {name: AUGMENTATIONS[name] for name in args.augmentations}
     options |= {"state": checkpoint["state"], "names": held_out, "on_step": show_step}
-    images, others = (
-        gaussad.load_images(x, args.image_size, args.workers) for x in (fit, held_out)
-    )
+    images = gaussad.load_images(fit, args.image_size, args.workers)
+    others = gaussad.load_images(held_out, args.image_size, args.workers)
     batches = DataLoader(images, args.batch_size, shuffle=True)
     args.run.mkdir(parents=True, exist_ok=True)
-    gaussad.say(
-        "AUROC, %: held-out images against augmented versions of them; a gain above its ± is kept"
-    )
+    gaussad.say("AUROC, %: held-out images against augmented ones; a gain above its ± is kept")
     gaussad.say(f"{'step':>6}{'loss':>9}{'seconds':>9}{'AUROC':>8}", *map(table_row, checks))
     try:
         for check in gaussad.fine_tune(detector, batches, others, **options):
@@ -221,10 +218,8 @@ def fine_tune_and_save(
             gaussad.save_plain(checkpoint | {"state": check.state}, args.run / "checkpoint.pt")
             last = time.perf_counter()
     except KeyboardInterrupt:
-        step = checks[-1]["step"] if checks else None
-        where = (
-            "nothing is saved yet" if step is None else f"the same command goes on from step {step}"
-        )
+        step = f"the same command goes on from step {checks[-1]['step']}" if checks else ""
+        where = step or "nothing is saved yet"
         sys.stderr.write(f"\ninterrupted; {where}{', without --force' * args.force}\n")
         raise
     gaussad.save_plain(checkpoint | {"state": None}, args.run / "checkpoint.pt")
@@ -232,9 +227,8 @@ def fine_tune_and_save(
 
 def record(check: Check, seconds: float) -> dict:
     """A check as plain numbers."""
-    numbers = {
-        key: value for key, value in vars(check).items() if key not in ("state", "validation")
-    }
+    names = ("step", "kept", "loss", "gain", "standard_error")
+    numbers = {name: getattr(check, name) for name in names}
     aurocs = check.validation.aurocs
     numbers |= {"auroc": check.validation.auroc, "auroc_per_augmentation": aurocs}
     return numbers | {"seconds": seconds}
