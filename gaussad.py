@@ -794,7 +794,8 @@ PRECISIONS = (torch.backends.cuda.matmul, _cudnn.conv, _mkldnn.matmul, _mkldnn.c
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Compute in full float32 in this block, whatever torch is set to: rounding to TF32 or bfloat16
-    would drown the directions of least variance, which dominate the scores."""
+    would drown the directions of least variance, which dominate the scores. The settings are those
+    of the process: if you score in several threads, call `pick_device` once, first."""
     with ExitStack() as stack:
         for setting in PRECISIONS:
             stack.callback(setattr, setting, "fp32_precision", setting.fp32_precision)
