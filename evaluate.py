@@ -116,9 +116,9 @@ def evaluate(args: Namespace, category: str) -> dict:
         gaussad.say(f"{category}, {details['detector']}")
         gaussad.say(table([(title, metrics[key]) for key, title in FIGURES.items()]))
     else:
-        verdicts = found.verdicts
-        for i in found.ranked:
-            gaussad.say(f"{found.scores[i, 0]:8.2f} {verdicts[i]:<9} {found.samples[i].path}")
+        rows = zip(found.scores[:, 0].tolist(), found.verdicts, found.samples)
+        lines = [f"{value:8.2f} {verdict:<9} {x.path}" for value, verdict, x in rows]
+        gaussad.say(*(lines[i] for i in found.ranked))
     gaussad.say(f"{words} Report: {place / 'report.html'}")
     return metrics
 
@@ -131,11 +131,11 @@ def load_run(args: Namespace, run: Path) -> tuple[GaussianAD, dict, set[str]]:
         hint = f"there are: {there}" if there else "run train.py first, or give --runs"
         raise ValueError(f"no detector {path}; {hint}")
     with path.open("rb") as file:  # it stays the same even if another takes its place meanwhile
-        sha256, extractor = hashlib.file_digest(file, "sha256").hexdigest(), None
-        if args.backbone:
-            levels = gaussad.load_plain(file).get("levels")
-            extractor = FeatureExtractor(args.backbone, levels, "random")
-        detector = GaussianAD.load(file, args.device, extractor)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        content, extractor = gaussad.load_plain(file), None
+    if args.backbone:
+        extractor = FeatureExtractor(args.backbone, content.get("levels"), "random")
+    detector = gaussad.read_detector(content, path, extractor).to(args.device)
     training = {"settings": {}, "checks": [], "state": None}
     if (run / "checkpoint.pt").is_file():
         try:
@@ -167,6 +167,11 @@ class Scored(NamedTuple):
     tensors: dict[int, tuple[Tensor, Tensor, Tensor]]  # image, map and mask, by number
     threshold: float  # of the anomaly score
     limits: list[float]  # of the map: where heat begins, yellow; the outline; where heat is red
+
+    @property
+    def labelled(self) -> bool:
+        """Whether folders say what the images are; they do not of your own."""
+        return bool(self.samples[0].defect)
 
     @property
     def labels(self) -> Tensor:
@@ -265,7 +270,7 @@ def contradictions(found: Scored, trained_on: set[str]) -> Iterator[str]:
     """What contradicts itself in the images, each with a count."""
     if n := sum(digest in trained_on for digest in found.digests):
         yield f"{n} of these images were trained on: their scores mean little"
-    if not found.samples[0].defect:  # your own images
+    if not found.labelled:
         return
     marked = {i: mask.float().mean().item() for i, (_, _, mask) in found.tensors.items()}
     defective = found.labels.nonzero().flatten().tolist()
@@ -293,7 +298,7 @@ def measure(found: Scored, detector: GaussianAD, args: Namespace) -> dict:
     anomaly, pooled, maxima = found.scores.T
     n_called = int((anomaly > found.threshold).sum())
     metrics = {"expected_false_alarms": args.false_alarms, "n_called_anomalous": n_called}
-    if args.images:
+    if not found.labelled:
         return {**metrics, "threshold": found.threshold, "n_images": len(found.samples)}
     labels = found.labels
     known = [i for i in found.tensors if not labels[i] or found.tensors[i][2].any()]
@@ -340,7 +345,7 @@ def judge(scores: Tensor, labels: Tensor, threshold: float) -> dict:
 def in_words(found: Scored, metrics: dict) -> str:
     """How good the detector is, for somebody who does not know AUROC."""
     unfinished = "" if metrics["training_finished"] else " Training is not finished."
-    if "n_images" in metrics:
+    if not found.labelled:
         words = f"{metrics['n_called_anomalous']} of {metrics['n_images']} images are called "
         words += f"anomalous (score above {found.threshold:.2f})."
         if metrics["n_unreadable"]:
@@ -436,7 +441,7 @@ def report(category: str, words: str, metrics: dict, found: Scored) -> str:
     """All that was found, as one page of HTML that needs no other file and no script."""
     labels, verdicts, figures, defects = found.labels.tolist(), found.verdicts, "", ""
     kinds = {"most anomalous": found.ranked}
-    if "n_images" not in metrics:
+    if found.labelled:
         for key, title in FIGURES.items():
             value = "-" if metrics[key] is None else f"{metrics[key]:.1%}"
             figures += f"<div><b>{value}</b>{title}</div>"
@@ -510,7 +515,7 @@ def histogram(found: Scored) -> str:
     scores, labels = found.scores[:, 0].numpy(), found.labels.numpy()
     edges = np.histogram_bin_edges([found.threshold, *scores], 40)
     groups = {"good": scores[~labels], "defective": scores[labels]}
-    if not found.samples[0].defect:  # your own images have no labels
+    if not found.labelled:
         groups = {"images": scores}
     counts = {name: np.histogram(group, edges)[0] for name, group in groups.items()}
     top = max(1, *(max(count) for count in counts.values()))

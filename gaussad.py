@@ -376,7 +376,8 @@ class GaussianAD(nn.Module):
         """Rebuild what `save` wrote, on `device`, from a path or an open file. For your own
         network, pass an extractor built the same way. Nothing is downloaded, and no code in the
         file is run. Raises OSError if it cannot be read, ValueError if it holds no detector."""
-        return read_detector(path, extractor).to(device)
+        name = path if isinstance(path, str | Path) else getattr(path, "name", "the file")
+        return read_detector(load_plain(path), name, extractor).to(device)
 
 
 def tail_quantile(scores: Tensor, quantile: float) -> float:
@@ -637,11 +638,10 @@ def fine_tune(
         step = 0 if last_kept is None else min(max(FIRST_CHECK, 2 * done), steps)
         losses = []
         with seeded(seed + step), torch.enable_grad(), full_precision():
-            tuned.gaussians = pretrained  # the target: held fixed
             endless = chain.from_iterable(images_of(batches) for _ in count())
             for images in islice(endless, step - done):
                 optimizer.zero_grad()
-                loss = mahalanobis_loss(tuned, images)
+                loss = mahalanobis_loss(tuned, images)  # to the Gaussians `pretrained`
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.item())
@@ -668,7 +668,7 @@ def fine_tune(
                 warned |= outliers.keys()
 
         done = step
-        tuned.gaussians = pretrained
+        tuned.gaussians = pretrained  # the target of all steps: held fixed
         state = {"step": step, "last_kept": vars(last_kept), "not_kept": not_kept}
         state |= {"optimizer": optimizer.state_dict(), **tuned.get_state()}
         mean_loss = fmean(losses) if losses else None
@@ -772,9 +772,7 @@ def images_of(batches: Iterable) -> Iterator[Tensor]:
     """The images of batches, which are images or (images, label); ValueError if there are none."""
     batch = None
     for batch in batches:
-        images = batch[0] if isinstance(batch, tuple | list) else batch
-        check_images(images)
-        yield images
+        yield batch[0] if isinstance(batch, tuple | list) else batch
     if batch is None:
         raise ValueError("there are no images; pass a list or a DataLoader, not an iterator")
 
@@ -808,6 +806,7 @@ def pick_device(name: str = "auto") -> torch.device:
     Switches TF32 off for the whole process."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("no CUDA device was found; use the CPU")
+    # The old switches, too: torch raises an error where somebody reads one that contradicts.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     for setting in PRECISIONS:
         setting.fp32_precision = "ieee"
@@ -1103,9 +1102,10 @@ def open_image(path: str | Path, decode: bool = True) -> Image.Image:
 # ---- 10. Files, and what both scripts share ----------------------------------------------------
 
 
-def read_detector(path: str | Path | BinaryIO, extractor: FeatureExtractor | None) -> GaussianAD:
-    """The detector in a file: see `GaussianAD.load`."""
-    content, name = load_plain(path), path if isinstance(path, str | Path) else path.name
+def read_detector(
+    content: dict, name: str | Path, extractor: FeatureExtractor | None
+) -> GaussianAD:
+    """The detector in the content of the file `name`: see `GaussianAD.load`."""
     try:
         if extractor is None:
             if content["backbone"] not in BACKBONES:
