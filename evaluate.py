@@ -258,7 +258,7 @@ def histogram(scored: Scored, threshold: float) -> str:
 
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: auto }
-.grid { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)) }
+.grid { display: grid; gap: 1em; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
 figure { margin: 0; overflow-wrap: anywhere } td, th { padding-right: 2em; text-align: left }
 img, svg { width: 100% } svg { max-width: 640px; font-size: 12px } b { font-size: 2em }
 .good { color: #0072b2; fill: #0072b2 } .bad { color: #d55e00; fill: #d55e00; opacity: .8 }"""

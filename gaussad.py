@@ -86,8 +86,8 @@ class FeatureExtractor(nn.Module):
                 raise ValueError(f"levels {some} must be among {list(among)}, ascending, once each")
         self.settings = {"backbone": name, "levels": self.levels, "map_levels": self.map_levels}
         self.stages = nn.ModuleList(stages[: self.levels[-1]]).eval()
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean).float().view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).float().view(3, 1, 1))
         self.to(memory_format=torch.channels_last)  # 1.6 times faster on a CPU
 
     def train(self, mode: bool = True) -> FeatureExtractor:

@@ -97,7 +97,7 @@ def train(args: Namespace, category: str, device: torch.device) -> None:
             print(f"step {step}, loss {loss:.2f}\x1b[K", end="\r", file=sys.stderr, flush=True)
 
     record = {"arguments": vars(args), "device": device, "finished": False, "checks": []}
-    print("  step    loss   AUROC of held-out images against augmented ones, %")
+    print("  step  AUROC of held-out images against augmented ones, %")
     for check in gaussad.fine_tune(detector, *images, **settings, on_step=show_step):
         if check.step == 0:
             remove_run(run)
@@ -115,12 +115,11 @@ def train(args: Namespace, category: str, device: torch.device) -> None:
 def in_words(check: Check) -> str:
     """A check as a line of text."""
     aurocs = ", ".join(f"{name} {100 * x:.1f}" for name, x in check.aurocs.items())
-    mean = 100 * fmean(check.aurocs.values())
-    line = f"{check.step:6d} {check.loss or 0:7.2f} {mean:7.1f} ({aurocs})"
+    line = f"{check.step:6d}  {100 * fmean(check.aurocs.values()):.1f} ({aurocs}): "
     if check.step == 0:
-        return f"{line}: the frozen network, kept"
+        return f"{line}the frozen network, kept"
     gain = f"gain {100 * check.gain:.1f} ± {100 * check.standard_error:.1f}"
-    return f"{line}: {gain}, {'kept' if check.kept else 'not kept'}"
+    return f"{line}{gain}, {'kept' if check.kept else 'not kept'}; loss {check.loss:.2f}"
 
 
 def is_finished(run: Path) -> bool:
@@ -161,7 +160,7 @@ def draw_demo(root: Path, size: int = 128) -> None:
             defects["scratch"] = (abs(x - dx) < 0.12) & (abs(x - dx + 3 * (y - dy)) < 0.03)
             defect, washer = defects[images.name], (radius > 0.15) & (radius < 0.42)
             pixels = np.where(washer, 170, 40) + rng.normal(0, 4) + rng.normal(0, 4, x.shape)
-            pixels[defect] = 170 if name == "test/no_hole" else 110
+            pixels[defect] = 170 if name == "test/no_hole" else 80
             Image.fromarray(pixels.astype(np.uint8)).save(images / f"{i:03d}.png")
             Image.fromarray(defect).save(masks / f"{i:03d}_mask.png")
 
