@@ -37,10 +37,10 @@ from torchvision.transforms import v2
 
 # ---- 1. Features: the levels of an ImageNet network --------------------------------------------
 
-# The levels of a family of networks, and those of them that make the anomaly map. Level i is
-# torchvision's features[i - 1]; of a ResNet, 1 is the stem and 2 to 5 are layer1 to layer4. The
-# default is the last level of each shape from stride 16 on, as earlier ones respond to light (ours;
-# earlier code: all levels). Those of the map have stride 16 (ours).
+# The default levels of a family of networks, and those that make the anomaly map. Level i is
+# torchvision's features[i - 1]; of a ResNet, 1 is the stem, 2 to 5 are layer1 to layer4. They are
+# the last of each channel count from stride 16 on, as earlier ones respond to lighting (ours;
+# earlier code: all). Those of the map have stride 16 (ours).
 LEVELS = {
     "efficientnet_b": ([5, 6, 7, 8, 9], [5, 6]),
     "mobilenet_v2": ([11, 14, 17, 18, 19], [11, 14]),
@@ -60,7 +60,7 @@ class FeatureExtractor(nn.Module):
     mean, std   of the channels of the network's training images, in [0, 1]
 
     The network stays in evaluation mode: batch norm and stochastic depth are fixed (*ours*). Raises
-    ValueError for unknown names and levels, and OSError if weights cannot be had."""
+    ValueError for unknown names and levels and for weights of another network, OSError for none."""
 
     def __init__(
         self,
@@ -81,9 +81,12 @@ class FeatureExtractor(nn.Module):
         else:
             name, stages = None, list(backbone)
         self.levels, self.map_levels = list(map(int, levels)), list(map(int, map_levels))
-        for some, among in ((self.levels, range(1, len(stages) + 1)), (self.map_levels, levels)):
-            if some != [level for level in among if level in some]:
-                raise ValueError(f"levels {some} must be among {list(among)}, ascending, once each")
+        numbers = range(1, len(stages) + 1)
+        for chosen, allowed in ((self.levels, numbers), (self.map_levels, self.levels)):
+            if chosen != [level for level in allowed if level in chosen]:
+                raise ValueError(
+                    f"levels {chosen} must be among {[*allowed]}, ascending, once each"
+                )
         self.settings = {"backbone": name, "levels": self.levels, "map_levels": self.map_levels}
         self.stages = nn.ModuleList(stages[: self.levels[-1]]).eval()
         self.register_buffer("mean", torch.tensor(mean).float().view(3, 1, 1))
@@ -105,7 +108,7 @@ class FeatureExtractor(nn.Module):
         for level, stage in enumerate(self.stages, start=1):
             x = stage(x)
             if level in self.levels:
-                maps.append(x.clone())  # the next stage may work in place
+                maps.append(x.clone())  # as your own network's next module may work in place
         return maps
 
 
@@ -121,12 +124,12 @@ def torchvision_stages(backbone: str, weights: str | Path) -> nn.ModuleList:
     if weights == "random":
         for module in network.modules():  # without statistics features would vanish with depth
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 1.0  # takes those of the last batch alone
+                module.momentum = 1.0  # keeps the statistics of the last batch
         network.train()(torch.rand(8, 3, 64, 64))
     elif weights != "imagenet":
         with reading(weights, f"a state dict of {backbone}"):
             state = torch.load(weights, map_location="cpu", weights_only=True)
-            network.classifier = network.fc = nn.Identity()  # which has no weights to be missed
+            network.classifier = network.fc = nn.Identity()  # either name; not to be loaded
             state = {key: state[key] for key in state if not key.startswith(("classifier.", "fc."))}
             network.load_state_dict(state)
     if isinstance(network, models.ResNet):
@@ -134,21 +137,21 @@ def torchvision_stages(backbone: str, weights: str | Path) -> nn.ModuleList:
         stages = [stem, network.layer1, network.layer2, network.layer3, network.layer4]
     else:
         stages = network.features
-    fold_batch_norm(stages := nn.ModuleList(stages).eval())
-    return stages
+    return fold_batch_norm(nn.ModuleList(stages).eval())
 
 
 @torch.no_grad()
-def fold_batch_norm(module: nn.Module) -> None:
+def fold_batch_norm(module: nn.Module) -> nn.Module:
     """Fold each batch norm into the convolution before it: w ← w γ / σ, b ← (b - μ) γ / σ + β.
     Features stay the same, a training step takes 0.7 of the time, and Adam then steps on w γ / σ
-    (*ours*). The children of `module` must be applied in their order, in evaluation mode."""
+    (*ours*). The children of `module` must be applied in their order. Returns the module."""
     for (name, layer), (next_name, next_layer) in pairwise(list(module.named_children())):
         if isinstance(layer, nn.Conv2d) and type(next_layer) is nn.BatchNorm2d:
             setattr(module, name, fuse_conv_bn_eval(layer, next_layer).requires_grad_())
             setattr(module, next_name, nn.Identity())
     for child in module.children():
         fold_batch_norm(child)
+    return module
 
 
 # ---- 2. Gaussian: mean, Ledoit-Wolf covariance, Mahalanobis distance ---------------------------
@@ -202,8 +205,8 @@ class Gaussian(nn.Module):
         sigma, _ = ledoit_wolf(samples)
         identity = torch.eye(samples.shape[-1], dtype=sigma.dtype, device=sigma.device)
         sigma = sigma + ridge * identity
-        if covariance != "full":
-            sigma = {"diagonal": sigma, "identity": torch.ones_like(sigma)}[covariance] * identity
+        if covariance != "full":  # for the ablation: an elementwise product keeps the diagonal
+            sigma = identity * {"diagonal": sigma, "identity": torch.ones_like(sigma)}[covariance]
         factor, failed = torch.linalg.cholesky_ex(sigma)  # Σ = L Lᵀ, W = L⁻¹
         if failed.any():
             raise torch.linalg.LinAlgError("features do not vary, or are not finite")
@@ -270,13 +273,13 @@ class GaussianAD(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor, batch_size: int = 16) -> GaussianAD:
-        """Fit all Gaussians to at least three normal images; an earlier calibration stays. Returns
-        self. Raises torch.linalg.LinAlgError if features do not vary."""
+        """Fit all Gaussians to at least three normal images; an earlier calibration stays, see
+        there. Returns self. Raises torch.linalg.LinAlgError if features do not vary."""
         self.image_size = images.shape[-1]
         batches = [self.features(batch) for batch in images.split(batch_size)]
         levels = [torch.cat(means) for means in zip(*(means for means, _ in batches), strict=True)]
         self.gaussians = nn.ModuleList(Gaussian.fit(x, 0, self.covariance) for x in levels)
-        joined = torch.cat([joined for _, joined in batches])
+        joined = torch.cat([joined for _, joined in batches])  # (N, h, w, C)
         ridge = MAP_RIDGE * joined.var(0, correction=0).mean().item()
         self.map_gaussian = Gaussian.fit(joined.movedim(0, -2), ridge, self.covariance)
         return self
@@ -284,8 +287,8 @@ class GaussianAD(nn.Module):
     @torch.no_grad()
     def calibrate(self, held_out: Tensor, batch_size: int = 16) -> GaussianAD:
         """Store the scores of held-out normal images, for the anomaly score and `threshold`.
-        Returns self. Raises ValueError unless three of them are no outliers and differ. A `fit` to
-        all images but `outliers` afterwards makes better Gaussians (*ours*)."""
+        Returns self. Raises ValueError unless three are no outliers, and differ. A later `fit` to
+        all but `outliers` makes better Gaussians, but scores shift a little (*ours*)."""
         scores = [self._scores_and_maps(batch)[0] for batch in held_out.split(batch_size)]
         self.held_out_scores = torch.cat(scores)
         scores = self.held_out_scores[~self.outliers()]
@@ -296,13 +299,13 @@ class GaussianAD(nn.Module):
         return self
 
     def outliers(self) -> Tensor:
-        """Which of the held-out images, (N,) bool, score more than OUTLIER times the median, as a
-        black frame does. They do not count: they would raise the threshold until defects pass."""
+        """Which held-out images, (N,) bool, exceed OUTLIER times the median in either score, as a
+        black frame does: they would raise the threshold until defects pass."""
         return (self.held_out_scores / self.held_out_scores.median(0).values).amax(1) > OUTLIER
 
     def threshold(self, false_alarms: float = 0.05) -> float:
         """The anomaly score that a fraction `false_alarms` of normal images is expected to exceed:
-        a quantile of held-out images, and their maximum below 1 / (N + 1)."""
+        a quantile over held-out images but outliers, below 1 / (N + 1) their maximum."""
         scores = self._anomaly_score(self.held_out_scores[~self.outliers()])
         return float(np.quantile(scores.cpu(), 1 - false_alarms, method="weibull"))
 
@@ -356,11 +359,10 @@ class GaussianAD(nn.Module):
             detector.map_gaussian = Gaussian(**saved["map_gaussian"])
             detector.held_out_scores = saved["held_out_scores"]
             detector.image_size = saved["image_size"]
-            return detector.to(device)
+        return detector.to(device)
 
 
 # ---- 4. Validator: augmented normal images stand for anomalies ---------------------------------
-#
 # cutout, AugMix, cutmix and mixup are augmentations of vicinal risk minimisation (*abstract*; which
 # ones is our reading). Each takes uint8 images (B, 3, S, S) and draws from torch's generator.
 
@@ -453,18 +455,18 @@ class AugmentationValidator:
         with torch.random.fork_rng(devices=[]):  # torch's generator is afterwards as it was before
             torch.default_generator.manual_seed(seed)
             for name, augment in augmentations.items():
-                opacities = OPACITIES * math.ceil(n_augmented / len(images))
+                opacities = [*OPACITIES] * math.ceil(n_augmented / len(images))
                 versions = [_blend(images, augment(images), opacity) for opacity in opacities]
                 self.versions[name] = torch.cat(versions)
 
     @torch.no_grad()
     def __call__(self, score: Callable[[Tensor], Tensor], batch_size: int = 16) -> Tensor:
         """How well `score`, a function of images (B, 3, S, S) such as a detector, tells held-out
-        images from versions: for each augmentation a value for each held-out image, (A, N), whose
-        mean is the AUROC and whose standard deviation over √N is the standard error of it.
+        images from versions: for each augmentation a pseudo-value per held-out image, (A, N). Their
+        mean is the AUROC, and their standard deviation over √N is its standard error.
 
         With C_ij = 1 if version j scores above image i, ½ if they tie and 0 if not, the AUROC is
-        the mean of C, and the value of image i is the mean of row i plus the mean of the columns of
+        the mean of C, and that of image i is the mean of row i plus the mean of the columns of
         its own versions, less the AUROC (DeLong et al. 1988; for clusters Obuchowski 1997)."""
 
         def scores_of(images: Tensor) -> Tensor:
@@ -515,19 +517,18 @@ def fine_tune(
     augmentations: dict[str, Callable[[Tensor], Tensor]] = DEFAULT_AUGMENTATIONS,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Iterator[Check]:
-    """Fine-tune a detector on normal images; yield a check at steps 0, 32, 64, 128, … and the last.
+    """Fine-tune a detector on normal images; yields checks at steps 0, 32, 64, 128, … and the last.
 
     The loss is the distance of normal images to the estimated Gaussian (*abstract*): that of the
-    pre-trained features, held fixed (*ours*). A check fits Gaussians to the features as they are by
-    then. It is kept if its AUROC, of held-out images against augmented ones, exceeds that of the
-    last check kept by more than one standard error over held-out images (Breiman et al. 1984). The
-    frozen network, at step 0, is always kept. Training ends after `patience` checks in a row
-    that are not. Rule and Adam are *ours*.
+    pre-trained features, held fixed (*ours*). Each check fits Gaussians to the current features. It
+    is kept if its mean AUROC, of held-out images against augmented ones, exceeds that of the last
+    one kept by more than one standard error of this gain (Breiman et al. 1984). The frozen network,
+    at step 0, always is. Training ends after `patience` checks in a row that are not (*ours*).
 
     A copy is trained: `detector` is always that of the last check kept, calibrated on the held-out
-    images and then fitted to all images but outliers.
+    images and then fitted to all images but outliers, also after an error.
 
-    normal, held_out    images (N, 3, S, S) uint8 on the CPU, none of them in both
+    normal, held_out    images (N, 3, S, S) uint8 on the CPU, disjoint
     steps               at most; 0 only fits and validates the frozen network
     on_step             called after each step with its number and loss"""
     validator = AugmentationValidator(held_out, augmentations, seed=seed)
@@ -619,9 +620,8 @@ def aupro(maps: Tensor, masks: Tensor, fpr_limit: float = 0.3) -> float:
 
 def label_regions(mask: Tensor) -> Tensor:
     """Number the 8-connected regions of a mask (H, W) bool: (H, W) int64, 0 where normal, else 1 +
-    the index of the region's last pixel. Each pixel starts with its own number. It takes the
-    largest one among its neighbours, then the one that the pixel of that number has, which about
-    doubles its reach, until nothing changes."""
+    the index of the region's last pixel. Each pixel starts with its own number, takes its
+    neighbours' largest, then that pixel's number (pointer jumping), until nothing changes."""
     pointer = torch.arange(1.0, mask.numel() + 1, dtype=torch.float64, device=mask.device)
     pointer = pointer.view(mask.shape) * mask  # float64, as max_pool2d takes no integers
     while True:
@@ -713,7 +713,7 @@ def load_mask(path: str | Path | None, size: int) -> Tensor:
 
 def _open_image(path: str | Path, mode: str) -> Image.Image:
     with reading(path, "an image of at most 8 bits per channel"), Image.open(path) as image:
-        if image.mode[0] in "IF" or ";16" in str(image.tile):
+        if image.mode[0] in "IF" or ";16" in str(image.tile):  # the latter: RGB of 16 bits
             raise ValueError("Pillow would clip it")
         return ImageOps.exif_transpose(image).convert(mode)
 
