@@ -259,7 +259,7 @@ def test_score_sums_the_levels_and_map_joins_them_at_each_location(device):
 def test_anomaly_score_is_standardised_over_held_out_images_but_for_outliers():
     images, held_out = random_images(52, low=100, high=150).split([40, 12])
     held_out[3] = 0  # a black frame
-    held_out[7, :, :8, :8] = 255  # far off in one place
+    held_out[7, :, :4, :4] = 230  # far off in one place, so in the map alone
     detector = GaussianAD(own_extractor()).fit(images).calibrate(held_out, 5)
     ratio = detector.held_out_scores / detector.held_out_scores.median(0).values
     assert torch.equal(detector.outliers(), (ratio > 2.5).any(1))
@@ -295,9 +295,9 @@ def test_detector_is_loaded_to_the_bit_and_no_code_in_its_file_is_run(tmp_path, 
         refuses("detector.pt is damaged, or is not a detector .*: tr", GaussianAD.load, path)
     path.write_bytes(whole)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(torch, "save", lambda *_: 1 / 0)  # as a full disk
+        patch.setattr(torch, "save", lambda _, x: Path(x).write_bytes(b"half") / 0)  # a full disk
         detector.save(path)
-    assert path.read_bytes() == whole and os.listdir(tmp_path) == ["detector.pt"]
+    assert path.read_bytes() == whole and not (tmp_path / "run").exists()
     own = GaussianAD(own_extractor()).fit(images[:30]).calibrate(images[30:])
     own.save(path)
     assert same(GaussianAD.load(path, extractor=own_extractor(mean=[0, 0, 0])), own)
@@ -368,7 +368,7 @@ def test_steps_are_adams_on_the_mean_score_by_the_pretrained_gaussians(monkeypat
     monkeypatch.setattr(gaussad, "FIRST_CHECK", 2)
     images, seen, detector = random_images(30), [], GaussianAD(own_extractor())
     reference, before = deepcopy(detector).fit(images[:20]), torch.get_rng_state()
-    given = {"lr": 1e-3, "batch_size": 8, "on_step": lambda *x: seen.append(x), "seed": 3}
+    given = {"lr": 2e-3, "batch_size": 8, "on_step": lambda *x: seen.append(x), "seed": 3}
     checks = list(fine_tune(detector, images[:20], images[20:], 4, **given))
     assert torch.equal(torch.get_rng_state(), before)
     order, losses = torch.Generator().manual_seed(3), []
@@ -382,7 +382,7 @@ def test_steps_are_adams_on_the_mean_score_by_the_pretrained_gaussians(monkeypat
         for w, g, (m, v) in zip(weights, gradients, moments, strict=True):
             m += 0.1 * (g - m)
             v += 0.001 * (g**2 - v)
-            w.data -= 1e-3 * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+            w.data -= 2e-3 * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
     assert [step for step, _ in seen] == [1, 2, 3, 4] and checks[0].loss is None
     assert [loss for _, loss in seen] == pytest.approx(losses, rel=1e-4)
     assert [check.step for check in checks] == [0, 2, 4]
