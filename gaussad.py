@@ -5,7 +5,7 @@ Rippel, Chavan, Lei and Merhof, IMPROVE 2022, arXiv 2108.04116. It reads from to
 
     1. Features     φ_l, the feature map of an ImageNet network at level l
     2. Gaussian     N(μ, Σ) of normal features, Σ by Ledoit-Wolf shrinkage; Mahalanobis distance
-    3. Detector     score sum_l d_l, d_l the distance of the spatial mean of φ_l; anomaly map
+    3. Detector     sum_l d_l of the spatial means of φ_l; anomaly map; a score that joins both
     4. Validator    tells when fine-tuning begins to forget, by augmented normal images
     5. Fine-tuning  the Mahalanobis loss, and one loop
     6. Metrics      AUROC and AU-PRO
@@ -37,10 +37,10 @@ from torchvision.transforms import v2
 
 # ---- 1. Features: the levels of an ImageNet network --------------------------------------------
 
-# The default levels of a family of networks, and those that make the anomaly map. Level i is
-# torchvision's features[i - 1]; of a ResNet, 1 is the stem, 2 to 5 are layer1 to layer4. They are
-# the last of each channel count from stride 16 on, as earlier ones respond to lighting (ours;
-# earlier code: all). Those of the map have stride 16 (ours).
+# For each family of networks: the default levels, and those of them that make the anomaly map.
+# Level i is torchvision's features[i - 1]; of a ResNet, 1 is the stem, 2 to 5 are layer1 to layer4.
+# The defaults are the last level of each channel count from stride 16 on, as earlier ones respond
+# to lighting (ours; earlier code: all levels); for the map, those of them with stride 16 (ours).
 LEVELS = {
     "efficientnet_b": ([5, 6, 7, 8, 9], [5, 6]),
     "mobilenet_v2": ([11, 14, 17, 18, 19], [11, 14]),
@@ -54,7 +54,7 @@ class FeatureExtractor(nn.Module):
 
     backbone    torchvision's name of a network of a family in LEVELS; or your own network, a list
                 of modules applied in sequence, with its levels, map_levels, mean and std
-    weights     of torchvision's network: "imagenet" (IMAGENET1K_V1, downloaded once), the path of a
+    weights     only of torchvision's: "imagenet" (IMAGENET1K_V1, downloaded once), the path of a
                 state dict, which may lack the classifier, or "random"
     levels      numbers of modules, from 1, ascending; map_levels, of one shape, make the map
     mean, std   of the channels of the network's training images, in [0, 1]
@@ -83,7 +83,7 @@ class FeatureExtractor(nn.Module):
         self.levels, self.map_levels = list(map(int, levels)), list(map(int, map_levels))
         numbers = range(1, len(stages) + 1)
         for chosen, allowed in ((self.levels, numbers), (self.map_levels, self.levels)):
-            if chosen != [level for level in allowed if level in chosen]:
+            if not chosen or chosen != sorted(set(chosen) & set(allowed)):
                 raise ValueError(
                     f"levels {chosen} must be among {[*allowed]}, ascending, once each"
                 )
@@ -122,14 +122,14 @@ def torchvision_stages(backbone: str, weights: str | Path) -> nn.ModuleList:
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot download {backbone} ({error}): give --weights a file") from error
     if weights == "random":
-        for module in network.modules():  # without statistics features would vanish with depth
+        for module in network.modules():  # unmeasured, features shrink layer by layer
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 1.0  # keeps the statistics of the last batch
         network.train()(torch.rand(8, 3, 64, 64))
     elif weights != "imagenet":
         with reading(weights, f"a state dict of {backbone}"):
             state = torch.load(weights, map_location="cpu", weights_only=True)
-            network.classifier = network.fc = nn.Identity()  # either name; not to be loaded
+            network.classifier = network.fc = nn.Identity()  # it has one of the two: drop it
             state = {key: state[key] for key in state if not key.startswith(("classifier.", "fc."))}
             network.load_state_dict(state)
     if isinstance(network, models.ResNet):
@@ -144,10 +144,10 @@ def torchvision_stages(backbone: str, weights: str | Path) -> nn.ModuleList:
 def fold_batch_norm(module: nn.Module) -> nn.Module:
     """Fold each batch norm into the convolution before it: w ← w γ / σ, b ← (b - μ) γ / σ + β.
     Features stay the same, a training step takes 0.7 of the time, and Adam then steps on w γ / σ
-    (*ours*). The children of `module` must be applied in their order. Returns the module."""
+    (*ours*). Among the children each batch norm must follow its convolution. Returns `module`."""
     for (name, layer), (next_name, next_layer) in pairwise(list(module.named_children())):
         if isinstance(layer, nn.Conv2d) and type(next_layer) is nn.BatchNorm2d:
-            setattr(module, name, fuse_conv_bn_eval(layer, next_layer).requires_grad_())
+            setattr(module, name, fuse_conv_bn_eval(layer, next_layer).requires_grad_())  # b, too
             setattr(module, next_name, nn.Identity())
     for child in module.children():
         fold_batch_norm(child)
@@ -205,10 +205,10 @@ class Gaussian(nn.Module):
         sigma, _ = ledoit_wolf(samples)
         identity = torch.eye(samples.shape[-1], dtype=sigma.dtype, device=sigma.device)
         sigma = sigma + ridge * identity
-        if covariance != "full":  # for the ablation: an elementwise product keeps the diagonal
-            sigma = identity * {"diagonal": sigma, "identity": torch.ones_like(sigma)}[covariance]
+        kinds = {"full": sigma, "diagonal": identity * sigma, "identity": identity.expand_as(sigma)}
+        sigma = kinds[covariance]  # the last two are for the ablation
         factor, failed = torch.linalg.cholesky_ex(sigma)  # Σ = L Lᵀ, W = L⁻¹
-        if failed.any():
+        if failed.any() or not samples.isfinite().all():  # CUDA reports no failure for NaN
             raise torch.linalg.LinAlgError("features do not vary, or are not finite")
         whitening = torch.linalg.solve_triangular(factor, identity, upper=False)
         return cls(samples.double().mean(-2), whitening)
@@ -220,9 +220,9 @@ class Gaussian(nn.Module):
         return torch.linalg.vector_norm(whitened, dim=-1)
 
 
-def sum_of_distances(means: Sequence[Tensor], gaussians: Sequence[Gaussian]) -> Tensor:
-    """sum_l d_l (B,) float64, of `means` (B, C_l) to the Gaussian of level l (*earlier code*)."""
-    return sum(gaussian.distance(x) for gaussian, x in zip(gaussians, means, strict=True))
+def sum_of_distances(pooled: Sequence[Tensor], gaussians: Sequence[Gaussian]) -> Tensor:
+    """sum_l d_l (B,) float64, of `pooled` (B, C_l) to the Gaussian of level l (*earlier code*)."""
+    return sum(gaussian.distance(x) for gaussian, x in zip(gaussians, pooled, strict=True))
 
 
 # ---- 3. Detector -------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ class GaussianAD(nn.Module):
 
     def __init__(self, extractor: FeatureExtractor, covariance: str = "full") -> None:
         super().__init__()
-        self.extractor, self.covariance = extractor, covariance
+        self.extractor, self.covariance = deepcopy(extractor), covariance  # its own
         self.gaussians = nn.ModuleList()  # one per level
         self.map_gaussian: Gaussian | None = None  # one per location
         self.image_size: int | None = None  # S
@@ -273,13 +273,13 @@ class GaussianAD(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor, batch_size: int = 16) -> GaussianAD:
-        """Fit all Gaussians to at least three normal images; an earlier calibration stays, see
-        there. Returns self. Raises torch.linalg.LinAlgError if features do not vary."""
+        """Fit all Gaussians to at least three normal images. Scores stay calibrated as before: for
+        other images `calibrate` anew. Returns self. LinAlgError if features do not vary."""
         self.image_size = images.shape[-1]
-        batches = [self.features(batch) for batch in images.split(batch_size)]
-        levels = [torch.cat(means) for means in zip(*(means for means, _ in batches), strict=True)]
-        self.gaussians = nn.ModuleList(Gaussian.fit(x, 0, self.covariance) for x in levels)
-        joined = torch.cat([joined for _, joined in batches])  # (N, h, w, C)
+        pooled, joined = zip(*map(self.features, images.split(batch_size)), strict=True)
+        pooled = [torch.cat(batches) for batches in zip(*pooled, strict=True)]  # per level (N, C_l)
+        self.gaussians = nn.ModuleList(Gaussian.fit(x, 0, self.covariance) for x in pooled)
+        joined = torch.cat(joined)  # (N, h, w, C)
         ridge = MAP_RIDGE * joined.var(0, correction=0).mean().item()
         self.map_gaussian = Gaussian.fit(joined.movedim(0, -2), ridge, self.covariance)
         return self
@@ -305,16 +305,16 @@ class GaussianAD(nn.Module):
 
     def threshold(self, false_alarms: float = 0.05) -> float:
         """The anomaly score that a fraction `false_alarms` of normal images is expected to exceed:
-        a quantile over held-out images but outliers, below 1 / (N + 1) their maximum."""
+        a quantile over N held-out images, no outliers. 1 / (N + 1) is the least it can attain."""
         scores = self._anomaly_score(self.held_out_scores[~self.outliers()])
         return float(np.quantile(scores.cpu(), 1 - false_alarms, method="weibull"))
 
     def _scores_and_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        means, joined = self.features(images)
+        pooled, joined = self.features(images)
         maps = self.map_gaussian.distance(joined).float().unsqueeze(1)
         maps = nn.functional.interpolate(maps, images.shape[-2:], mode="bilinear").squeeze(1)
         maxima = maps.amax((-2, -1)).double()
-        return torch.stack([sum_of_distances(means, self.gaussians), maxima], 1), maps
+        return torch.stack([sum_of_distances(pooled, self.gaussians), maxima], 1), maps
 
     def _anomaly_score(self, scores: Tensor) -> Tensor:
         held_out = self.held_out_scores[~self.outliers()]
@@ -348,13 +348,13 @@ class GaussianAD(nn.Module):
         with reading(path, "a detector of this network and version: train it anew"):
             saved = torch.load(path, map_location="cpu", weights_only=True)
             if extractor is None:
-                with torch.device("meta"):  # draws no weights: the file has them
+                with torch.device("meta"):  # shapes without values: the file has them
                     extractor = FeatureExtractor(weights="random", **saved["settings"])
                 extractor.to_empty(device="cpu")
             elif extractor.settings != saved["settings"]:
                 raise ValueError("the extractor has other levels")
-            extractor.load_state_dict(saved["network"])
             detector = cls(extractor, saved["covariance"])
+            detector.extractor.load_state_dict(saved["network"])
             detector.gaussians = nn.ModuleList(Gaussian(**x) for x in saved["gaussians"])
             detector.map_gaussian = Gaussian(**saved["map_gaussian"])
             detector.held_out_scores = saved["held_out_scores"]
@@ -453,7 +453,7 @@ class AugmentationValidator:
     ) -> None:
         self.images, self.versions = images, {}
         with torch.random.fork_rng(devices=[]):  # torch's generator is afterwards as it was before
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
             for name, augment in augmentations.items():
                 opacities = [*OPACITIES] * math.ceil(n_augmented / len(images))
                 versions = [_blend(images, augment(images), opacity) for opacity in opacities]
@@ -472,11 +472,11 @@ class AugmentationValidator:
         def scores_of(images: Tensor) -> Tensor:
             return torch.cat([score(batch).cpu() for batch in images.split(batch_size)])
 
-        normal, values = scores_of(self.images)[:, None], []
+        held_out, values = scores_of(self.images)[:, None], []
         for versions in self.versions.values():
-            C = (scores_of(versions) - normal).sign() / 2 + 0.5
-            columns = C.mean(0).view(-1, len(normal)).mean(0)  # versions are in the images' order
-            values.append(C.mean(1) + columns - C.mean())
+            C = (scores_of(versions) - held_out).sign() / 2 + 0.5  # (N, K N): image i, version j
+            own = C.mean(0).view(-1, len(held_out)).mean(0)  # version k N + i is of image i
+            values.append(C.mean(1) + own - C.mean())
         return torch.stack(values)
 
 
@@ -496,13 +496,13 @@ class Check(NamedTuple):
     kept: bool  # the detector is now that of this step
 
 
-def mahalanobis_loss(means: Sequence[Tensor], target: Sequence[Gaussian]) -> Tensor:
+def mahalanobis_loss(pooled: Sequence[Tensor], target: Sequence[Gaussian]) -> Tensor:
     """The training objective (*abstract*): the mean distance of normal images to a fixed Gaussian,
 
-        sum_x sum_l √((φ_l(x) - μ_l)ᵀ Σ_l⁻¹ (φ_l(x) - μ_l)) / B,
+        sum_x sum_l √((φ̄_l(x) - μ_l)ᵀ Σ_l⁻¹ (φ̄_l(x) - μ_l)) / B,
 
-    where `means` holds φ_l(x), spatial means (B, C_l), and `target` holds μ_l and Σ_l."""
-    return sum_of_distances(means, target).mean()
+    where `pooled` holds φ̄_l(x), the spatial means (B, C_l), and `target` holds μ_l and Σ_l."""
+    return sum_of_distances(pooled, target).mean()
 
 
 def fine_tune(
@@ -517,7 +517,7 @@ def fine_tune(
     augmentations: dict[str, Callable[[Tensor], Tensor]] = DEFAULT_AUGMENTATIONS,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Iterator[Check]:
-    """Fine-tune a detector on normal images; yields checks at steps 0, 32, 64, 128, … and the last.
+    """Fine-tune a detector, but only while iterated: yields checks at steps 0, 32, 64, … and last.
 
     The loss is the distance of normal images to the estimated Gaussian (*abstract*): that of the
     pre-trained features, held fixed (*ours*). Each check fits Gaussians to the current features. It
@@ -534,22 +534,22 @@ def fine_tune(
     validator = AugmentationValidator(held_out, augmentations, seed=seed)
     tuned = deepcopy(detector).fit(normal, batch_size)
     target = tuned.gaussians  # of the pre-trained features: held fixed, as `fit` makes new ones
-    optimizer = torch.optim.Adam(tuned.parameters(), lr)
+    optimizer = torch.optim.Adam(tuned.parameters(), lr)  # the network's: μ and W are buffers
     batches = shuffled(normal, batch_size, seed)
     step, not_kept = 0, 0
-    best = mean_loss = gain = error = None  # as at step 0
+    kept_values = mean_loss = gain = error = None  # at step 0
     while True:
         values = validator(tuned, batch_size)  # (A, N)
-        if best is not None:
-            gains = (values - best).mean(0)  # of each held-out image
+        if kept_values is not None:
+            gains = (values - kept_values).mean(0)  # (N,), paired; mean over augmentations
             gain, error = gains.mean().item(), gains.std().item() / math.sqrt(len(gains))
-        kept = best is None or gain > error
+        kept = kept_values is None or gain > error
         not_kept = 0 if kept else not_kept + 1
         if kept:
-            best = values
+            kept_values = values
             tuned.calibrate(held_out, batch_size)
             tuned.fit(torch.cat([normal, held_out[~tuned.outliers().cpu()]]), batch_size)
-            detector.copy_from(tuned)
+            detector.copy_from(tuned)  # `tuned` is fitted to `normal` again before its next check
         aurocs = dict(zip(augmentations, values.mean(1).tolist(), strict=True))
         yield Check(step, mean_loss, aurocs, gain, error, kept)
         if step == steps or not_kept == patience:
@@ -613,7 +613,7 @@ def aupro(maps: Tensor, masks: Tensor, fpr_limit: float = 0.3) -> float:
     rising = (fpr_limit - f0).clamp(min=0).minimum(f1 - f0)  # how far of [f₀, f₁] is in the limit
     triangle = torch.where(f1 > f0, rising.square() / (2 * (f1 - f0)), 0)
     area = triangle + (fpr_limit - f1).clamp(min=0)
-    regions = [label_regions(mask)[mask] for mask in masks]
+    regions = [label_regions(mask)[mask] for mask in masks]  # of each pixel, in the order of `area`
     weight = 1 / torch.cat([x.bincount()[x] for x in regions if len(x)]).double()  # 1 / region size
     return ((weight * area).sum() / weight.sum() / fpr_limit).item()
 
@@ -622,14 +622,14 @@ def label_regions(mask: Tensor) -> Tensor:
     """Number the 8-connected regions of a mask (H, W) bool: (H, W) int64, 0 where normal, else 1 +
     the index of the region's last pixel. Each pixel starts with its own number, takes its
     neighbours' largest, then that pixel's number (pointer jumping), until nothing changes."""
-    pointer = torch.arange(1.0, mask.numel() + 1, dtype=torch.float64, device=mask.device)
-    pointer = pointer.view(mask.shape) * mask  # float64, as max_pool2d takes no integers
+    number = torch.arange(1.0, mask.numel() + 1, dtype=torch.float64, device=mask.device)
+    number = number.view(mask.shape) * mask  # float64, as max_pool2d takes no integers
     while True:
-        furthest = nn.functional.max_pool2d(pointer[None], 3, stride=1, padding=1)[0] * mask
-        further = furthest.flatten()[(furthest.long() - 1).clamp(min=0)] * mask
-        if torch.equal(further, pointer):
-            return pointer.long()
-        pointer = further
+        largest = nn.functional.max_pool2d(number[None], 3, stride=1, padding=1)[0] * mask
+        jumped = largest.flatten()[(largest.long() - 1).clamp(min=0)] * mask  # pixel k has k + 1
+        if torch.equal(jumped, number):
+            return number.long()
+        number = jumped
 
 
 # ---- 7. Data: images in the layout of MVTec AD; files, and the device --------------------------
@@ -687,7 +687,7 @@ def hold_out(samples: Sequence, seed: int = 0) -> tuple[list, list]:
 
 
 def load_image(path: str | Path, size: int) -> Tensor:
-    """An image as RGB, turned as EXIF says, resized without cropping to a square (*earlier code*):
+    """An image as RGB, turned as EXIF says, resized to a square without cropping (*earlier code*):
     (3, S, S) uint8. ValueError that names the file if it cannot be read, or has more bits."""
     image = _open_image(path, "RGB").resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -705,7 +705,7 @@ def load_mask(path: str | Path | None, size: int) -> Tensor:
     if path is None:
         return torch.zeros(size, size, dtype=torch.bool)
     pixels = np.array(_open_image(path, "RGBA"))
-    if (pixels[..., 3] < 255).any():  # of any colour: tools save white that is transparent
+    if (pixels[..., 3] < 255).any():  # their colour means nothing: it may be white
         raise ValueError(f"the mask {path} has transparent pixels: save it in black and white")
     defective = torch.from_numpy(pixels[..., :3].any(-1)).float()
     return nn.functional.adaptive_max_pool2d(defective[None], size)[0] > 0
@@ -737,4 +737,4 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device: use the CPU")
-    return torch.device(name if name == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
