@@ -37,7 +37,6 @@ FIGURES = {
 }
 RESULTS = (*FIGURES, "false_alarm_rate", "miss_rate")  # the columns of results.csv
 COLUMNS = ("path", "defect", "verdict", "anomaly_score", "pooled_score", "map_maximum")
-SHOWN = 6  # pictures of a kind in the report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,12 +68,15 @@ def evaluate(args: Namespace, category: str, device: torch.device) -> dict:
     run = args.runs / category
     if not (run / "detector.pt").exists():
         raise ValueError(f"there is no {run / 'detector.pt'}: run train.py first")
-    detector = GaussianAD.load(run / "detector.pt", device)
+    record, detector = run / "training.json", GaussianAD.load(run / "detector.pt", device)
+    if record.exists() and not json.loads(record.read_text(encoding="utf-8"))["finished"]:
+        print(f"{category}: training is not finished, the detector is that of the last check kept")
     threshold = detector.threshold(args.false_alarms)
     maxima = detector.held_out_scores[~detector.outliers(), 1].cpu()
     limits = np.quantile(maxima, (0.5, 1 - args.false_alarms, 0.99), method="weibull")
     if args.data:
         out, samples = run / "results", gaussad.list_samples(args.data, category, "test")
+        (args.runs / "results.csv").unlink(missing_ok=True)  # it would not agree any more
     else:
         out = run / "scored"
         samples = [Sample(path, "", None) for path in gaussad.list_images(args.images)]
@@ -137,8 +139,7 @@ class Scored(NamedTuple):
 
 
 def predict(detector: GaussianAD, samples: list[Sample], args: Namespace) -> Iterator[tuple]:
-    """Of each sample (sample, image, mask, map, three scores), tensors on the CPU. One of your own
-    images that cannot be read is named and left out."""
+    """Each (sample, image, mask, map, scores); an own image that cannot be read is only named."""
 
     def load(sample: Sample) -> tuple[Sample, Tensor, Tensor] | None:
         try:
@@ -209,8 +210,7 @@ def percent(x: float | None) -> str:
 
 
 def picture(image: Tensor, mask: Tensor, anomaly_map: Tensor, limits: np.ndarray) -> Image.Image:
-    """The image, and beside it the same under its map: yellow from the first limit to red at the
-    last. Outlines: the true defect, cyan; where the map exceeds the second limit, white."""
+    """The image, and beside it the same under its map, with two outlines: see `report`."""
     low, middle, high = limits
     heat = ((anomaly_map.double() - low) / (high - low)).clamp(0, 1).numpy()[..., None]
     plain = image.permute(1, 2, 0).numpy()
@@ -232,7 +232,7 @@ def pictures(scored: Scored, detector: GaussianAD, limits: np.ndarray, args: Nam
         kinds |= {"defects found": defective & anomalous, "good": ~defective & ~anomalous}
     for kind, chosen in kinds.items():
         ranked = [scored.samples[i] for i in order if chosen[i]]
-        shown = ranked[: -SHOWN - 1 : -1] if kind == "misses" else ranked[:SHOWN]  # worst first
+        shown = ranked[:-7:-1] if kind == "misses" else ranked[:6]  # the worst first
         html += f"<h3>{kind}: {len(shown)} of {len(ranked)}</h3><div class=grid>"
         for sample, image, mask, anomaly_map, values in predict(detector, shown, args):
             file, name = BytesIO(), f"{sample.path.parent.name}/{sample.path.name}"
@@ -259,7 +259,7 @@ def histogram(scored: Scored, threshold: float) -> str:
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: auto }
 .grid { display: grid; gap: 1em; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
-figure { margin: 0; overflow-wrap: anywhere } td, th { padding-right: 2em; text-align: left }
+figure { margin: 0 } table { margin: 1em 0 } td, th { padding-right: 2em; text-align: left }
 img, svg { width: 100% } svg { max-width: 640px; font-size: 12px } b { font-size: 2em }
 .good { color: #0072b2; fill: #0072b2 } .bad { color: #d55e00; fill: #d55e00; opacity: .8 }"""
 
@@ -271,8 +271,8 @@ def report(category: str, metrics: dict, scored: Scored, shown: str) -> str:
         cards = [f"<div><b>{percent(metrics[x])}</b><br>{FIGURES[x]}</div>" for x in FIGURES]
         judged = f"<div class=grid>{''.join(cards)}</div><table><tr><th>defect<th>found<th>AUROC"
         for name, x in metrics["per_defect"].items():
-            found = f"{x['found']} of {x['images']}"
-            judged += f"<tr><td>{escape(name)}<td>{found}<td>{percent(x['auroc'])}"
+            cells = escape(name), f"{x['found']} of {x['images']}", percent(x["auroc"])
+            judged += "<tr><td>" + "<td>".join(cells)
         judged += "</table><p><span class=good>Good</span>, <span class=bad>defective</span> images"
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(category)}</title>"

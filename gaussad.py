@@ -552,7 +552,7 @@ def fine_tune(
             detector.copy_from(tuned)  # `tuned` is fitted to `normal` again before its next check
         aurocs = dict(zip(augmentations, values.mean(1).tolist(), strict=True))
         yield Check(step, mean_loss, aurocs, gain, error, kept)
-        if step == steps or not_kept == patience:
+        if step >= steps or not_kept == patience:
             return
 
         next_check, losses = min(max(FIRST_CHECK, 2 * step), steps), []
@@ -659,20 +659,20 @@ def list_samples(root: str | Path, category: str, split: str) -> list[Sample]:
     home = Path(root, category)
     paths = sorted(x for x in home.glob(f"{split}/*/*") if x.suffix.lower() in SUFFIXES)
     if not paths:
-        raise ValueError(f"there are no images in {home / split}/<defect>/")
+        raise ValueError(f"there are no images in {home / split}/*/, such as {split}/good/")
     masks = [home / "ground_truth" / x.parent.name / f"{x.stem}_mask.png" for x in paths]
     pairs = zip(paths, masks, strict=True)
     return [Sample(x, x.parent.name, mask if mask.exists() else None) for x, mask in pairs]
 
 
-def list_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The given files, and the images below the given folders, sorted; ValueError if none."""
+def list_images(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The given files, and the images below given folders, sorted; ValueError for empty folders."""
     images = []
-    for path in map(Path, paths):
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         below = sorted(x for x in path.rglob("*") if x.suffix.lower() in SUFFIXES)
+        if path.is_dir() and not below:
+            raise ValueError(f"there are no images in {path}")
         images += below if path.is_dir() else [path]
-    if not images:
-        raise ValueError(f"there are no images in {', '.join(map(str, paths))}")
     return images
 
 
@@ -680,7 +680,7 @@ def hold_out(samples: Sequence, seed: int = 0) -> tuple[list, list]:
     """Normal samples, shuffled by `seed`: (those to fit, those held out). A fifth is held out, but
     at least 16, or half if that is less (*ours*). Raises ValueError for fewer than six."""
     if len(samples) < 6:
-        raise ValueError(f"there are {len(samples)} normal images, at least 6 are needed")
+        raise ValueError(f"there are {len(samples)} normal images: at least 6 are needed")
     n = min(max(math.ceil(len(samples) / 5), 16), len(samples) // 2)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
     return [samples[i] for i in order[n:]], [samples[i] for i in order[:n]]

@@ -445,7 +445,7 @@ def test_images_and_masks_of_the_contract_are_read_and_others_are_refused_by_nam
             image.putalpha(0)  # the colours count
         image.save(tmp_path / name, quality=100)
     paths = gaussad.list_images([tmp_path, tmp_path / "L.bmp"])
-    assert len(paths) == 9 and paths[-1] == tmp_path / "L.bmp"
+    assert paths == [*gaussad.list_images(str(tmp_path)), tmp_path / "L.bmp"] and len(paths) == 9
     expected = torch.tensor(np.array(PICTURE.resize((32, 32), Image.Resampling.BILINEAR))).int()
     for path, found in zip(paths, gaussad.load_images(paths, 32), strict=True):
         assert found.dtype == torch.uint8 and (found - expected).abs().max() <= 3, path.name
@@ -483,7 +483,7 @@ def test_samples_are_found_by_the_layout_and_a_fifth_is_held_out(tmp_path):
         fit, held_out = gaussad.hold_out(range(n), seed=0)
         assert len(held_out) == held and sorted(fit + held_out) == list(range(n))
         assert gaussad.hold_out(range(n), 0) == (fit, held_out) != gaussad.hold_out(range(n), 1)
-    refuses("there are 5 normal images, at least 6", gaussad.hold_out, range(5))
+    refuses("there are 5 normal images: at least 6", gaussad.hold_out, range(5))
 
 
 def call(script, *given):
@@ -558,8 +558,7 @@ def test_finished_run_is_left_alone_and_a_new_one_keeps_no_old_result(trained, t
     (runs / "results.csv").touch()
     before = contents(runs)
     assert_one_line(call(*given), "error: part: .*/part is finished: --force trains it anew")
-    code, output, _ = call(*given, "--category", "all")
-    assert code == 0 and f"{run} is finished and skipped; --force" in output
+    assert f"{run} is finished and skipped; --force" in call(*given, "--category", "all")[1]
     for option, value in (("lr", -1), ("weights", "x.pth"), ("backbone", "x"), ("category", "x")):
         assert_one_line(call(*given, "--force", f"--{option}", value), "py: error: (part|x): ")
     assert_one_line(call(*given, "--device", "cuda"), "^train.py: error: torch sees no CUDA device")
@@ -575,8 +574,9 @@ def test_finished_run_is_left_alone_and_a_new_one_keeps_no_old_result(trained, t
         patch.setattr(gaussad, "mahalanobis_loss", lambda *_: signal.raise_signal(signal.SIGINT))
         assert call(*given, "--force", "--steps", "1")[0] == 130
     assert detector.exists() and not train.is_finished(run)
-    detector.write_bytes(b"")
     given = ["--data", trained.data, "--category", "part", "--runs", runs]
+    assert "part: training is not finished" in call(evaluate, *given)[1]
+    detector.write_bytes(b"")
     assert_one_line(call(evaluate, *given), "part: .*/detector.pt is damaged, .*: train it anew")
 
 

@@ -38,10 +38,10 @@ def main() -> None:
     add = parser.add_argument
     add("--category", nargs="+", required=not demo, help="folders in --data; all: every one")
     add("--runs", type=Path, default="runs", help="folder of the runs")
-    add("--force", action="store_true", help="train anew what is finished")
+    add("--force", action="store_true", help="train anew what is finished; its results go, too")
     add("--backbone", default="efficientnet_b4", help="torchvision's name of a network")
     add("--weights", default="imagenet", help="imagenet, random, or the path of a state dict")
-    add("--covariance", choices=["full", "diagonal", "identity"], default="full", help="to compare")
+    add("--covariance", choices=["full", "diagonal", "identity"], default="full", help="ablation")
     augmentations = {"choices": AUGMENTATIONS, "default": [*DEFAULT_AUGMENTATIONS]}
     add("--augmentations", nargs="+", **augmentations, help="that decide which step is kept")
     add("--image-size", type=int, default=380, help="images are resized to squares")
@@ -99,11 +99,11 @@ def train(args: Namespace, category: str, device: torch.device) -> None:
     record = {"arguments": vars(args), "device": device, "finished": False, "checks": []}
     print("  step  AUROC of held-out images against augmented ones, %")
     for check in gaussad.fine_tune(detector, *images, **settings, on_step=show_step):
-        if check.step == 0:
-            remove_run(run)
         record["checks"].append(check._asdict())
+        run.mkdir(parents=True, exist_ok=True)
         write_json(run / "training.json", record)  # first, as the run is not finished
         if check.kept:
+            remove_results(run)
             detector.save(run / "detector.pt")
         print(in_words(check), flush=True)
     write_json(run / "training.json", record | {"finished": True})
@@ -129,11 +129,9 @@ def is_finished(run: Path) -> bool:
     return record["finished"] and (run / "detector.pt").exists()
 
 
-def remove_run(run: Path) -> None:
-    """Make the folder, without what an earlier training and its evaluation wrote."""
-    run.mkdir(parents=True, exist_ok=True)
-    for path in (run / "detector.pt", run / "training.json", run.parent / "results.csv"):
-        path.unlink(missing_ok=True)
+def remove_results(run: Path) -> None:
+    """Remove what was found with an earlier detector."""
+    (run.parent / "results.csv").unlink(missing_ok=True)
     for name in ("results", "scored"):
         evaluate.remove_results(run / name)
 
