@@ -80,7 +80,8 @@ def train(args: Namespace, category: str, device: torch.device) -> None:
     run = args.runs / category
     if is_finished(run) and not args.force:
         if args.category == ["all"]:
-            return print(f"{run} is finished and skipped; --force trains it anew")
+            print(f"{run} is finished and skipped; --force trains it anew")
+            return
         raise ValueError(f"{run} is finished: --force trains it anew, other --runs keep both")
     samples = gaussad.list_samples(args.data, category, "train")
     fit, held_out = gaussad.hold_out([x.path for x in samples if x.defect == "good"], args.seed)
