@@ -148,7 +148,7 @@ def predict(detector: GaussianAD, samples: list[Sample], args: Namespace) -> Ite
         except (OSError, ValueError) as error:
             if args.data:
                 raise
-            print(f"evaluate.py: {error}", file=sys.stderr)
+            sys.stderr.write(f"evaluate.py: {error}\n")  # at once, as threads write side by side
 
     for start in range(0, len(samples), args.batch_size):
         with ThreadPoolExecutor() as pool:

@@ -673,9 +673,13 @@ def test_own_images_are_scored_but_for_one_that_cannot_be_read(trained, tmp_path
     assert [x for x, y in read(out / "metrics.json").items() if y is not None] == ["threshold"]
     (photos / "broken.png").write_text("text")
     code, output, error = call(*given, photos, photos / "none.png")
-    assert code == 2 and "of 9 images are called anomalous" in output
-    lines = "evaluate.py: .*broken.* damaged.*\nevaluate.py: .*none.png'\n.*: 2 of 11 images cannot"
-    assert re.match(lines, error) and len(read(out / "scores.csv")) == 9
+    for line in ("broken.png is damaged, .*", ".*none.png'", "evaluate.* 2 of 11 images cannot .*"):
+        assert re.search(f"{line}\n", error)  # threads write the first two in any order
+    assert (code, error.count("\n"), len(read(out / "scores.csv"))) == (
+        2,
+        3,
+        9,
+    ) and "of 9" in output
 
 
 def test_demo_ends_in_a_detector_better_than_chance(tmp_path, monkeypatch):
