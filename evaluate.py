@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: MIT
 """Score the test images of categories, or any images, with the detectors that train.py saved.
 
-python evaluate.py --data mvtec/ --category screw --pictures    # to runs/screw/results/
-python evaluate.py --data mvtec/ --category all                 # and runs/results.csv
-python evaluate.py --category screw --images photos/new         # to runs/screw/scored/"""
+    python evaluate.py --data mvtec/ --category screw --pictures    # to runs/screw/results/
+    python evaluate.py --category screw --images photos/new         # to runs/screw/scored/
+With --category all every category in --data is evaluated, and runs/results.csv written."""
 
 import csv
 import json
@@ -106,7 +106,6 @@ def evaluate(args: Namespace, category: str, device: torch.device) -> dict:
         if n := sum(hash(sample.path.read_bytes()) in trained_on for sample in read):
             print(f"{n} test images are in train/good, too: their scores mean little")
         print(*(f"{title:36} {percent(metrics[key])}" for key, title in FIGURES.items()), sep="\n")
-    print(f"{category}: {in_words(scored)} {out / 'report.html'}")
     with (out / "scores.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerow(COLUMNS)
         for sample, anomalous, values in zip(read, scored.anomalous, scores.tolist(), strict=True):
@@ -115,6 +114,7 @@ def evaluate(args: Namespace, category: str, device: torch.device) -> dict:
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     page = report(category, metrics, scored, pictures(scored, detector, limits, args))
     (out / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
+    print(f"{category}: {in_words(scored)} {out / 'report.html'}")
     if len(read) < len(samples):
         raise ValueError(f"{len(samples) - len(read)} of {len(samples)} images cannot be read")
     return metrics
